@@ -39,9 +39,7 @@ def register_aliases() -> bool:
 
         TRANSPORT_ALIASES.update(ALIASES)
     except Exception:
-        logger.warning(
-            "cannot register the kombu transports %s", ", ".join(ALIASES), exc_info=True
-        )
+        logger.warning("cannot register the kombu transports %s", ", ".join(ALIASES), exc_info=True)
         return False
     return True
 
