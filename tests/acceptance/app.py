@@ -37,7 +37,10 @@ def write_ledger(task_id: str, task_name: str, event: str) -> None:
 
 
 class LedgerTask(Task):
-    """Writes ``start``, then ``end`` or the name of the exception."""
+    """Writes ``start``, then ``end`` or the name of the exception.
+
+    Celery's own tasks, such as ``celery.chord_unlock``, are in the ledger as well.
+    """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         task_id = str(self.request.id)

@@ -15,6 +15,7 @@ from kombu_jetstream.server import NatsServer, ServerError, ServerNotFound, find
 from tests.servers import (
     api_request,
     can_connect,
+    child_processes,
     eventually,
     free_port,
     nats_server_binary,
@@ -29,11 +30,10 @@ class Command:
     def __init__(self, folder: Path, *args: str) -> None:
         self.out = folder / "stdout"
         self.err = folder / "stderr"
-        binary = nats_server_binary()
+        options = ["--nats-server", str(nats_server_binary()), *args]
         with open(self.out, "w") as out, open(self.err, "w") as err:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "kombu_jetstream.server"]
-                + ["--nats-server", str(binary), *args],
+                [sys.executable, "-m", "kombu_jetstream.server", *options],
                 cwd=folder,
                 env=python_env(),
                 stdout=out,
@@ -232,11 +232,9 @@ def test_command_ends_when_the_server_does(folder: Path, commands: list[Command]
     command = Command(folder, "--port", "0")
     commands.append(command)
     command.wait_ready()
-    listed = subprocess.run(
-        ["ps", "--ppid", str(command.process.pid), "-o", "pid="], capture_output=True, text=True
-    )
+    (server_pid,) = child_processes(command.process.pid)
 
-    os.kill(int(listed.stdout), signal.SIGKILL)
+    os.kill(server_pid, signal.SIGKILL)
 
     assert command.wait() == 1
     assert command.err.read_text().startswith("error: nats-server stopped by itself, see ")
