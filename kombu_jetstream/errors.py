@@ -2,11 +2,11 @@
 
 | branch | what happened | who acts | kombu and Celery |
 | --- | --- | --- | --- |
-| `OptionsError` | an option or the URL is wrong | you | raised at once |
-| `ConnectionLost` | the broker is away, or did not answer | nobody, wait | reconnect and try again |
-| `ConnectionRejected` | credentials or TLS do not fit | you or the operator | raised at once |
-| `ChannelFailed` | the broker said no to one operation | the docstring says | raised at once |
-| `MalformedMessage` | a stored message is no kombu message | nobody | becomes a dead letter |
+| `OptionsError` | an option or the URL is wrong | you | raise it at once |
+| `ConnectionLost` | the broker is away, or did not answer | nobody, wait | reconnect, try again |
+| `ConnectionRejected` | credentials or TLS do not fit | you or the operator | raise it at once |
+| `ChannelFailed` | the broker said no to one operation | the docstring says | raise it at once |
+| `MalformedMessage` | a stored message is no kombu message | nobody | never see it |
 
 The tuples at the end are what `Transport` shows to kombu.  They follow py-amqp: a refused login
 is in none of the recoverable ones, so that a worker with a wrong password stops with a clear

@@ -1,0 +1,868 @@
+"""What can be set, and how the broker URL and ``broker_transport_options`` become it.
+
+Each option is one field of `Options`: its type, default and rule stand together, and nothing else
+reads the URL or the dictionary.  The rules:
+
+* A value is checked once, by the field's rule, wherever it comes from; text of the URL is only
+  converted first.
+* Nothing is configurable twice: an option in both places with different values is an error, and
+  so is an option for what kombu has already (``connect_timeout``, ``broker_use_ssl``).
+* Options that contradict each other are an error (`_TOGETHER`).
+* No message, `repr` or `as_uri` shows a password, a token or a URL's user info.
+
+All is pure, except that `ssl_context` reads the certificate files.
+Reference for users: docs/reference/options.md, which a test compares with the fields.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import math
+import os
+import re
+import reprlib
+import ssl as _ssl
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, Literal, NoReturn, TypeAlias
+from urllib.parse import quote, unquote
+
+from .errors import OptionsError
+
+__all__ = [
+    "IGNORED_OPTIONS",
+    "KOMBU_OPTIONS",
+    "Options",
+    "as_uri",
+    "ssl_context",
+    "tls_hostname",
+    "url_from_parts",
+]
+
+Server: TypeAlias = tuple[str, int]
+
+DEFAULT_PORT = 4222
+DEFAULT_NAMESPACE = "celery"
+
+#: Keys of ``transport_options`` that kombu reads itself (`Connection._extract_failover_opts`), or
+#: that `Producer.publish` and Celery put there from a retry policy (`Connection.ensure`).
+KOMBU_OPTIONS = frozenset(
+    {
+        "callback",
+        "connect_retries_timeout",
+        "errback",
+        "interval_max",
+        "interval_start",
+        "interval_step",
+        "max_retries",
+        "on_revive",
+        "retry_errors",
+    }
+)
+
+#: Keys of kombu's virtual, Redis and AMQP transports.  They pass without effect, so that a
+#: project moves here by changing its URL alone; docs/reference/options.md says what we have
+#: instead.
+IGNORED_OPTIONS = frozenset(
+    {
+        # kombu.transport.virtual
+        "body_encoding",
+        "deadletter_queue",
+        "polling_interval",
+        # kombu.transport.redis
+        "ack_emulation",
+        "client_name",
+        "fanout_patterns",
+        "fanout_prefix",
+        "global_keyprefix",
+        "health_check_interval",
+        "max_connections",
+        "priority_steps",
+        "queue_order_strategy",
+        "retry_on_timeout",
+        "sep",
+        "socket_connect_timeout",
+        "socket_keepalive",
+        "socket_keepalive_options",
+        "socket_timeout",
+        "unacked_index_key",
+        "unacked_key",
+        "unacked_mutex_expire",
+        "unacked_mutex_key",
+        "unacked_restore_interval",
+        "unacked_restore_limit",
+        "unacked_restore_throttle",
+        # kombu.transport.pyamqp
+        "channel_max",
+        "client_properties",
+        "confirm_publish",
+        "frame_max",
+        "read_timeout",
+        "socket_settings",
+        "write_timeout",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """What a value has to be: the words for it, the check, and how text becomes one."""
+
+    #: Completes "expected 'name' to be …".
+    expected: str
+    #: Returns the value as it is stored; raises ValueError or TypeError for a bad one.
+    accept: Callable[[Any], Any]
+    from_text: Callable[[str], object] = str
+
+    def or_none(self) -> _Rule:
+        """Return this rule with None (``none`` in a URL) allowed too."""
+        return _Rule(
+            f"{self.expected} or None",
+            lambda value: None if value is None else self.accept(value),
+            lambda text: None if text.lower() == "none" else self.from_text(text),
+        )
+
+
+def _seconds(*, zero: bool) -> Callable[[Any], float]:
+    def accept(value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError
+        if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+            raise ValueError
+        return float(value)
+
+    return accept
+
+
+def _whole(low: int, high: float = math.inf) -> Callable[[Any], int]:
+    def accept(value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError
+        if not low <= value <= high:
+            raise ValueError
+        return value
+
+    return accept
+
+
+def _one_of(*choices: object) -> _Rule:
+    def accept(value: Any) -> Any:
+        # By type too: True == 1, and a list is not hashable.
+        if not any(type(value) is type(choice) and value == choice for choice in choices):
+            raise ValueError
+        return value
+
+    return _Rule("one of " + ", ".join(map(repr, choices)), accept, type(choices[0]))
+
+
+def _matching(pattern: str) -> Callable[[Any], str]:
+    compiled = re.compile(pattern)
+
+    def accept(value: Any) -> str:
+        if not compiled.fullmatch(value):
+            raise ValueError
+        return str(value)
+
+    return accept
+
+
+def _switch(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
+
+
+def _switch_from_text(text: str) -> object:
+    return {"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text)
+
+
+def _path(value: Any) -> str:
+    path = os.fspath(value)
+    if not isinstance(path, str) or not path or "\0" in path:
+        raise ValueError
+    return path
+
+
+def _servers(value: Any) -> tuple[Server, ...]:
+    found = tuple((host, port) for host, port in value)
+    if not found or not all(
+        isinstance(host, str) and host and type(port) is int and 1 <= port <= 65535
+        for host, port in found
+    ):
+        raise ValueError
+    return found
+
+
+_SECONDS = _Rule("seconds > 0", _seconds(zero=False), float)
+_SECONDS_OR_ZERO = _Rule("seconds >= 0", _seconds(zero=True), float)
+_COUNT = _Rule("a whole number >= 1", _whole(1), int)
+_BYTES = _Rule("a whole number of bytes >= 1", _whole(1), int)
+_SWITCH = _Rule("True or False", _switch, _switch_from_text)
+_TEXT = _Rule("text that is not empty", _matching(r"(?s).+"))
+_FILE = _Rule("the path of a file", _path)
+#: NATS forbids blanks, '.', '*' and '>' in one token of a subject (ADR-6).
+_TOKEN = _Rule(r"one NATS subject token, without blanks, '.', '*' and '>'", _matching(r"[^\s.*>]+"))
+
+_NAME_PATTERN = r"[A-Za-z0-9_-]{1,64}"
+
+
+def _option(default: Any, rule: _Rule, *, secret: bool = False) -> Any:
+    """Return a dataclass field that carries its rule; a *secret* one is shown to nobody."""
+    return field(default=default, metadata={"rule": rule, "secret": secret})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Options:
+    """Everything that can be set.  Durations are seconds, sizes are bytes, None means "none".
+
+    Constructing one checks every value and raises `OptionsError` for the first bad one.
+    """
+
+    #: First part of the names of all streams and subjects; the path of the URL.
+    namespace: str = _option(
+        DEFAULT_NAMESPACE,
+        _Rule("1 to 64 letters, digits, '_' or '-'", _matching(_NAME_PATTERN)),
+    )
+
+    #: Host and port of each server, in the order they are tried; from the URL.
+    servers: tuple[Server, ...] = _option(
+        (("localhost", DEFAULT_PORT),), _Rule("pairs of host and port", _servers)
+    )
+    user: str | None = _option(None, _TEXT.or_none())
+    password: str | None = _option(None, _Rule("text", _matching(r"(?s).*")).or_none(), secret=True)
+    token: str | None = _option(None, _TEXT.or_none(), secret=True)
+    #: File with a user JWT and its nkey seed (``nsc`` writes it).
+    credentials_file: str | None = _option(None, _FILE.or_none())
+    #: File with an nkey seed alone.
+    nkey_seed_file: str | None = _option(None, _FILE.or_none())
+    #: The scheme was ``jetstreams://``, or `tls_handshake_first` is on: no connection without TLS.
+    tls: bool = _option(False, _SWITCH)
+    #: TLS before the server's first line; for servers with ``handshake_first``.
+    tls_handshake_first: bool = _option(False, _SWITCH)
+    #: Name the server's certificate must have, if it is not the host of the URL.
+    tls_hostname: str | None = _option(None, _TEXT.or_none())
+    #: Seconds between PINGs of our own; two without an answer mean a dead server.
+    ping_interval: float = _option(30.0, _SECONDS)
+    #: Subject prefix of replies; must be among what the server lets this user subscribe to.
+    inbox_prefix: str = _option(
+        "_INBOX",
+        _Rule(
+            "a NATS subject without blanks, '*', '>' and empty parts",
+            _matching(r"[^\s.*>]+(\.[^\s.*>]+)*"),
+        ),
+    )
+
+    #: Seconds the server waits for an ack or a renewal before it redelivers.  kombu's Redis
+    #: transport has 3600; ours is short because held deliveries are renewed each third of it.
+    visibility_timeout: float = _option(30.0, _SECONDS)
+    #: Seconds after which a delivery is renewed no more, so that a stuck task moves on.
+    lease_limit: float | None = _option(None, _SECONDS.or_none())
+    #: Wait for the server to confirm each ack.
+    ack_confirm: bool = _option(False, _SWITCH)
+    #: Deliveries of one message after which it becomes a dead letter (20 as RabbitMQ's quorum
+    #: queues); 0 is None.
+    max_deliveries: int | None = _option(
+        20, _Rule("a whole number >= 0", lambda value: _whole(0)(value) or None, int).or_none()
+    )
+    #: Messages kept for a transient queue that has no consumer yet; the oldest go first.
+    transient_buffer: int = _option(10_000, _COUNT)
+
+    publish_confirms: Literal["each", "pipelined"] = _option("each", _one_of("each", "pipelined"))
+    #: Unconfirmed messages at most, when pipelined.
+    publish_window: int = _option(256, _COUNT)
+    #: Seconds for one publish in all, retries included.
+    publish_timeout: float = _option(10.0, _SECONDS)
+    #: Seconds in which the stream knows a message id again.
+    dedup_window: float = _option(120.0, _SECONDS)
+    #: Seconds ahead from which an eta waits in the server instead of in a worker.
+    delay_threshold: float = _option(1.0, _SECONDS_OR_ZERO)
+
+    #: Priority levels, each a stream; 1 switches priorities off.
+    priority_levels: int = _option(3, _one_of(1, 3))
+    #: Whether 9 (amqp) or 0 (redis) is the most urgent.
+    priority_order: Literal["amqp", "redis"] = _option("amqp", _one_of("amqp", "redis"))
+    #: A lower level gets at least one of this many deliveries.
+    starvation_guard: int = _option(20, _COUNT)
+
+    provision: Literal["auto", "verify", "off"] = _option("auto", _one_of("auto", "verify", "off"))
+    jetstream_domain: str | None = _option(None, _TOKEN.or_none())
+    #: Copies of each stream in a cluster (the server takes 1 to 5).
+    stream_replicas: int = _option(1, _Rule("a whole number from 1 to 5", _whole(1, 5), int))
+    stream_storage: Literal["file", "memory"] = _option("file", _one_of("file", "memory"))
+    #: Bytes of each level's stream; full streams refuse messages.
+    stream_max_bytes: int | None = _option(None, _BYTES.or_none())
+    #: Seconds after which a queued message is dropped.
+    stream_max_age: float | None = _option(None, _SECONDS.or_none())
+    #: Seconds a dead letter is kept.
+    dead_letter_max_age: float | None = _option(14 * 24 * 60 * 60.0, _SECONDS.or_none())
+    #: Bytes of dead letters.
+    dead_letter_max_bytes: int | None = _option(1024**3, _BYTES.or_none())
+
+    fallback_url: str | None = _option(
+        None,
+        _Rule(
+            "a redis://, rediss:// or unix:// URL", _matching(r"(?s)(?:rediss?|unix)://.*")
+        ).or_none(),
+        secret=True,
+    )
+    #: Seconds JetStream must have failed before producers write to Redis.
+    fallback_after: float = _option(2.0, _SECONDS_OR_ZERO)
+    #: Seconds without a sign of life after which a worker's Redis deliveries are taken back.
+    fallback_liveness_timeout: float = _option(30.0, _SECONDS)
+    migration_phase: Literal["redis", "dual-write", "dual-read", "jetstream"] = _option(
+        "jetstream", _one_of("redis", "dual-write", "dual-read", "jetstream")
+    )
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            object.__setattr__(self, each.name, _checked(each, getattr(self, each.name)))
+        for holds, option, problem in _TOGETHER:
+            if not holds(self):
+                raise OptionsError(problem.format(self), option)
+
+    def __repr__(self) -> str:
+        """Return what differs from the defaults, secrets masked."""
+        shown = (
+            f"{each.name}={'**' if each.metadata['secret'] else repr(getattr(self, each.name))}"
+            for each in fields(self)
+            if getattr(self, each.name) != each.default
+        )
+        return f"Options({', '.join(shown)})"
+
+    @classmethod
+    def parse(cls, url: str, transport_options: Mapping[str, object] | None = None) -> Options:
+        """Return the options a broker URL and ``broker_transport_options`` ask for.
+
+        Raises `OptionsError` for anything unknown, bad, said twice or contradictory.
+        """
+        values = dict(_from_url(_split(url)))
+        for name, value in (transport_options or {}).items():
+            if name in KOMBU_OPTIONS or name in IGNORED_OPTIONS:
+                continue
+            each = _known(name)
+            checked = _checked(each, value)
+            if name in values and values[name] != checked:
+                raise OptionsError(
+                    f"{name!r} is {_shown(each, values[name])} in the URL and "
+                    f"{_shown(each, checked)} in the transport options, say it once",
+                    name,
+                )
+            values[name] = checked
+        if values.get("tls_handshake_first"):
+            values["tls"] = True
+        return cls(**values)
+
+
+def _credentials(options: Options) -> list[str]:
+    kinds = ("user", "token", "credentials_file", "nkey_seed_file")
+    return [kind for kind in kinds if getattr(options, kind) is not None]
+
+
+#: What must hold between options: the test, the option to name, the sentence for it.
+_TOGETHER: tuple[tuple[Callable[[Options], bool], str, str], ...] = (
+    (
+        lambda o: (o.user is None) == (o.password is None),
+        "password",
+        "expected 'user' and 'password' to be given together",
+    ),
+    (
+        lambda o: len(_credentials(o)) <= 1,
+        "credentials_file",
+        "expected one of 'user' with 'password', 'token', 'credentials_file' and "
+        "'nkey_seed_file', got more than one",
+    ),
+    (
+        lambda o: o.lease_limit is None or o.lease_limit >= o.visibility_timeout,
+        "lease_limit",
+        "expected 'lease_limit' to be at least 'visibility_timeout' ({0.visibility_timeout}), "
+        "got {0.lease_limit}",
+    ),
+    (
+        # Or a repeated publish could be stored twice.
+        lambda o: o.publish_timeout <= o.dedup_window,
+        "publish_timeout",
+        "expected 'publish_timeout' to be at most 'dedup_window' ({0.dedup_window}), "
+        "got {0.publish_timeout}",
+    ),
+    (
+        # The server refuses a duplicate window longer than the stream's age limit.
+        lambda o: o.stream_max_age is None or o.dedup_window <= o.stream_max_age,
+        "dedup_window",
+        "expected 'dedup_window' to be at most 'stream_max_age' ({0.stream_max_age}), "
+        "got {0.dedup_window}",
+    ),
+    (
+        lambda o: o.dead_letter_max_age is None or o.dedup_window <= o.dead_letter_max_age,
+        "dedup_window",
+        "expected 'dedup_window' to be at most 'dead_letter_max_age' ({0.dead_letter_max_age}), "
+        "got {0.dedup_window}",
+    ),
+    (
+        lambda o: o.migration_phase == "jetstream" or o.fallback_url is not None,
+        "fallback_url",
+        "expected 'fallback_url' to be given, as 'migration_phase' is {0.migration_phase!r}",
+    ),
+)
+
+_FIELDS: Mapping[str, Field[Any]] = {each.name: each for each in fields(Options)}
+
+#: Options that are said by a part of the URL and nowhere else.
+_URL_ONLY = {
+    "servers": "the servers are the hosts of the URL: jetstream://host:4222,host2:4222",
+    "tls": "TLS is demanded by a jetstreams:// URL or by broker_use_ssl",
+}
+
+
+def _known(name: object, *, in_url: bool = False) -> Field[Any]:
+    """Return the field of an option, or say what is wrong with its name."""
+    if name in _URL_ONLY:
+        raise OptionsError(f"unknown option {name!r}, {_URL_ONLY[str(name)]}", str(name))
+    if isinstance(name, str) and name in _FIELDS:
+        return _FIELDS[name]
+    where = ""
+    if in_url and isinstance(name, str):
+        where = " in the URL"
+        if name in KOMBU_OPTIONS or name in IGNORED_OPTIONS:
+            raise OptionsError(f"{name!r} belongs in the transport options, not in the URL", name)
+        if name.startswith("ssl_"):
+            raise OptionsError(f"{name!r} belongs in broker_use_ssl, not in the URL", name)
+    _unknown(f"option {_short(name)}{where}", name, (_FIELDS.keys() | KOMBU_OPTIONS) - {*_URL_ONLY})
+
+
+def _unknown(what: str, name: object, known: frozenset[str] | set[str]) -> NoReturn:
+    close = difflib.get_close_matches(str(name)[:64], sorted(known), n=1)
+    hint = f", did you mean {close[0]!r}?" if close else ""
+    raise OptionsError(f"unknown {what}{hint}", str(name))
+
+
+def _checked(each: Field[Any], value: object) -> Any:
+    rule: _Rule = each.metadata["rule"]
+    try:
+        return rule.accept(value)
+    except (ValueError, TypeError, OverflowError):
+        _refuse(each, value)
+
+
+def _from_text(each: Field[Any], text: str) -> Any:
+    rule: _Rule = each.metadata["rule"]
+    try:
+        value = rule.from_text(text)
+    except ValueError:
+        _refuse(each, text)
+    try:
+        return rule.accept(value)
+    except (ValueError, TypeError, OverflowError):
+        _refuse(each, text)
+
+
+def _refuse(each: Field[Any], value: object) -> NoReturn:
+    rule: _Rule = each.metadata["rule"]
+    raise OptionsError(
+        f"expected {each.name!r} to be {rule.expected}, got {_shown(each, value)}", each.name
+    ) from None
+
+
+def _shown(each: Field[Any], value: object) -> str:
+    if each.metadata["secret"] and value is not None:
+        return f"{type(value).__name__} (not shown)"
+    return _short(value)
+
+
+def _short(value: object) -> str:
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 80
+    return short.repr(value)
+
+
+# The URL
+
+
+@dataclass(frozen=True, slots=True)
+class _Split:
+    """The parts of a URL as they are written, still percent-encoded."""
+
+    tls: bool
+    user_info: str | None
+    hosts: str
+    path: str
+    query: str | None
+
+
+_URL = re.compile(
+    r"(?P<scheme>jetstreams?)://(?:(?P<user_info>[^/?#]*)@)?(?P<hosts>[^/?#@]*)"
+    r"(?P<path>/[^?#]*)?(?:\?(?P<query>[^#]*))?",
+    re.IGNORECASE,
+)
+
+
+def _split(url: str) -> _Split:
+    """Take a URL apart.  What is refused here may hold a password, so it is not shown."""
+    if re.search(r"[\s\x00-\x1f\x7f]", url):
+        raise OptionsError("expected the URL to have no blanks, write %20 in a password", "url")
+    if "#" in url:
+        raise OptionsError("expected the URL to have no '#', write %23 in a password", "url")
+    found = _URL.fullmatch(url)
+    if not found:
+        raise OptionsError(
+            "expected a URL jetstream://[user:password@]host[:4222][,host2][/namespace], "
+            "or jetstreams:// for TLS",
+            "url",
+        )
+    if "@" in (found["path"] or "") + (found["query"] or ""):
+        raise OptionsError(
+            "expected no '@' after the hosts of the URL; in a password write '/' as %2F and "
+            "'?' as %3F, elsewhere '@' as %40",
+            "url",
+        )
+    return _Split(
+        tls=found["scheme"].lower() == "jetstreams",
+        user_info=found["user_info"],
+        hosts=found["hosts"],
+        path=found["path"] or "",
+        query=found["query"],
+    )
+
+
+def _from_url(parts: _Split) -> Iterator[tuple[str, Any]]:
+    """Yield the options a URL sets, checked."""
+    seen: dict[str, Any] = {}
+    for name, value in _url_options(parts):
+        if name in seen and seen[name] != value:
+            raise OptionsError(f"{name!r} is twice in the URL, say it once", name)
+        seen[name] = value
+        yield name, value
+
+
+def _url_options(parts: _Split) -> Iterator[tuple[str, Any]]:
+    yield "tls", parts.tls
+    yield "servers", tuple(_server(text) for text in parts.hosts.split(","))
+    if parts.user_info:
+        user, colon, password = parts.user_info.partition(":")
+        if colon:
+            yield "user", _from_text(_FIELDS["user"], unquote(user))
+            yield "password", unquote(password)
+        else:
+            yield "token", unquote(user)
+    namespace = unquote(parts.path[1:])
+    if namespace not in ("", "/"):  # kombu's forms of the default virtual host
+        yield "namespace", _from_text(_FIELDS["namespace"], namespace)
+    for item in (parts.query or "").split("&"):
+        if item:
+            name, _, text = item.partition("=")
+            each = _known(unquote(name), in_url=True)
+            yield each.name, _from_text(each, unquote(text))
+
+
+_HOST_AND_PORT = re.compile(r"(?:\[(?P<v6>[^][]*)\]|(?P<host>[\w.-]*))(?::(?P<port>[^:]*))?")
+
+
+def _server(text: str) -> Server:
+    """Return host and port.  The port's text is not shown: ``user:password`` looks like one."""
+    found = _HOST_AND_PORT.fullmatch(text)
+    if not found:
+        raise OptionsError(
+            "expected each host of the URL to be a name, an IPv4 address or an IPv6 address in "
+            "brackets, with or without a port",
+            "servers",
+        )
+    host = found["host"] or "localhost"
+    if found["v6"] is not None:
+        host = unquote(found["v6"])
+        try:
+            ipaddress.IPv6Address(host)
+        except ValueError:
+            raise OptionsError(
+                f"expected an IPv6 address in brackets in the URL, got {_short(host)}", "servers"
+            ) from None
+    port = found["port"] if found["port"] is not None else str(DEFAULT_PORT)
+    if not re.fullmatch(r"[0-9]{1,5}", port) or not 1 <= int(port) <= 65535:
+        raise OptionsError(
+            f"expected the port of host {host!r} in the URL to be a number from 1 to 65535",
+            "servers",
+        )
+    return host, int(port)
+
+
+def as_uri(url: str, include_password: bool = False, mask: str = "**") -> str:
+    """Return the URL for people to read: password, token and secret options masked.
+
+    Never raises: it is called for log lines.  Of a URL that cannot be read only the scheme and
+    what follows the last '@' is shown.
+    """
+    if include_password:
+        return url
+    try:
+        parts = _split(url)
+        dict(_from_url(parts))
+    except OptionsError:
+        return _masked_blindly(url, mask)
+    scheme = url.partition("://")[0]
+    user, colon, _ = (parts.user_info or "").partition(":")
+    user_info = f"{user}:{mask}@" if colon else f"{mask}@" if user else ""
+    query = "&".join(_masked_item(item, mask) for item in (parts.query or "").split("&"))
+    return f"{scheme}://{user_info}{parts.hosts}{parts.path}{'?' + query if query else ''}"
+
+
+def _masked_item(item: str, mask: str) -> str:
+    name, equals, _ = item.partition("=")
+    each = _FIELDS.get(unquote(name))
+    return f"{name}{equals}{mask}" if each and each.metadata["secret"] else item
+
+
+def _masked_blindly(url: str, mask: str) -> str:
+    scheme, _, rest = url.rpartition("://")
+    shown = scheme if scheme.lower() in ("jetstream", "jetstreams") else "jetstream"
+    _, at, hosts = rest.rpartition("@")
+    return f"{shown}://{mask}" + (at + hosts.partition("?")[0] if at else "")
+
+
+def url_from_parts(
+    hostname: str | None,
+    *,
+    port: int | None = None,
+    userid: str | None = None,
+    password: str | None = None,
+    virtual_host: str | None = None,
+    transport: str = "jetstream",
+) -> str:
+    """Return the URL of a kombu `Connection` by its parts.
+
+    kombu hands the whole URL over as *hostname*, and then the other parts are not looked at;
+    but it takes URLs apart when it fails over to the next of several (`Connection.switch`), and
+    ``Connection("host", transport="jetstream")`` never had one.
+    """
+    if hostname and "://" in hostname:
+        return hostname
+    host = hostname or "localhost"
+    if ":" in host and not host.startswith("["):
+        host = f"[{host}]"
+    user_info = quote(userid or "", safe="")
+    if password is not None:
+        user_info += ":" + quote(password, safe="")
+    return "".join(
+        [
+            "jetstreams" if transport == "jetstreams" else "jetstream",
+            "://",
+            f"{user_info}@" if user_info else "",
+            host,
+            f":{port}" if port else "",
+            "/",
+            quote(virtual_host or "", safe=""),
+        ]
+    )
+
+
+# TLS
+
+_CERT_REQS = {
+    "none": _ssl.CERT_NONE,
+    "optional": _ssl.CERT_OPTIONAL,
+    "required": _ssl.CERT_REQUIRED,
+}
+
+#: Other spellings of the keys of ``broker_use_ssl``: those of `ssl.create_default_context`, which
+#: py-amqp takes as ``context``, and of redis-py.
+_TLS_ALIASES = {
+    "cafile": "ca_certs",
+    "capath": "ca_path",
+    "cadata": "ca_data",
+    "keyfile_password": "password",
+    "min_version": "minimum_version",
+    "tls_minimum_version": "minimum_version",
+}
+_TLS_KEYS = frozenset(
+    {
+        "ca_certs",
+        "ca_data",
+        "ca_path",
+        "cert_reqs",
+        "certfile",
+        "check_hostname",
+        "ciphers",
+        "context",
+        "keyfile",
+        "minimum_version",
+        "password",
+        "server_hostname",
+    }
+)
+
+
+def ssl_context(ssl: object, tls: bool) -> _ssl.SSLContext | None:
+    """Return the context for ``broker_use_ssl`` (kombu's ``Connection.ssl``), or None for none.
+
+    *tls* is `Options.tls`: with it there is a context even if *ssl* is empty, and the server's
+    certificate is checked against the system's authorities.  The keys have the names of
+    `ssl.wrap_socket` and py-amqp, with or without ``ssl_`` in front, as Celery's Redis settings
+    have it.  Without ``cert_reqs`` and ``check_hostname`` both the certificate and the host name
+    are checked.
+
+    Raises `OptionsError` for unknown keys, bad values and files that cannot be used.
+    """
+    settings = _tls_settings(ssl)
+    if isinstance(ssl, _ssl.SSLContext):
+        return ssl
+    if not ssl and not tls:
+        return None
+    given = settings.get("context")
+    if isinstance(given, _ssl.SSLContext):
+        others = sorted(settings.keys() - {"context", "server_hostname"})
+        if others:
+            raise OptionsError(
+                f"expected {others[0]!r} of broker_use_ssl to be set in 'context', as one is given",
+                others[0],
+            )
+        return given
+    context = _ssl.SSLContext(_ssl.PROTOCOL_TLS_CLIENT)
+    _set_verification(context, settings)
+    _load_authorities(context, settings)
+    _load_own_certificate(context, settings)
+    return context
+
+
+def tls_hostname(options: Options, ssl: object) -> str | None:
+    """Return the name the server's certificate must have, or None for the host connected to.
+
+    It is `Options.tls_hostname` or ``server_hostname`` of ``broker_use_ssl``.
+    """
+    given = _tls_settings(ssl).get("server_hostname")
+    if given is None:
+        return options.tls_hostname
+    if not isinstance(given, str) or not given:
+        _bad_tls("server_hostname", "a host name", given)
+    if options.tls_hostname not in (None, given):
+        raise OptionsError(
+            f"'tls_hostname' is {options.tls_hostname!r} and 'server_hostname' of broker_use_ssl "
+            f"is {given!r}, say it once",
+            "tls_hostname",
+        )
+    return given
+
+
+def _tls_settings(ssl: object) -> dict[str, Any]:
+    """Return ``broker_use_ssl`` with each key in one spelling; a key of None is not given."""
+    if ssl is None or isinstance(ssl, (bool, _ssl.SSLContext)):
+        return {}
+    if not isinstance(ssl, Mapping):
+        raise OptionsError(
+            f"expected broker_use_ssl to be True, a dictionary or an SSLContext, got {_short(ssl)}",
+            "broker_use_ssl",
+        )
+    settings: dict[str, Any] = {}
+    for key, value in ssl.items():
+        name = _tls_key(key)
+        if value is None:
+            continue
+        if name == "context" and isinstance(value, Mapping):
+            pairs = _tls_settings(value).items()
+        else:
+            pairs = {name: value}.items()
+        for each, one in pairs:
+            if settings.setdefault(each, one) != one:
+                raise OptionsError(f"{each!r} is twice in broker_use_ssl, say it once", each)
+    return settings
+
+
+def _tls_key(key: object) -> str:
+    name = str(key)
+    if name == "ssl_version":
+        raise OptionsError(
+            "unknown key 'ssl_version' of broker_use_ssl, the version is negotiated; "
+            "'minimum_version' sets the least",
+            name,
+        )
+    name = name.removeprefix("ssl_")
+    name = _TLS_ALIASES.get(name, name)
+    if name not in _TLS_KEYS:
+        _unknown(f"key {_short(key)} of broker_use_ssl", name, _TLS_KEYS)
+    return name
+
+
+def _set_verification(context: _ssl.SSLContext, settings: Mapping[str, Any]) -> None:
+    wanted = settings.get("cert_reqs", _ssl.CERT_REQUIRED)
+    if isinstance(wanted, str):
+        wanted = _CERT_REQS.get(wanted.lower().removeprefix("cert_"), wanted)
+    if isinstance(wanted, bool) or wanted not in tuple(_CERT_REQS.values()):
+        _bad_tls("cert_reqs", "one of 'required', 'optional', 'none'", wanted)
+    check = settings.get("check_hostname", wanted != _ssl.CERT_NONE)
+    if not isinstance(check, bool):
+        _bad_tls("check_hostname", "True or False", check)
+    if check and wanted == _ssl.CERT_NONE:
+        raise OptionsError(
+            "'check_hostname' of broker_use_ssl needs certificates, 'cert_reqs' says none",
+            "check_hostname",
+        )
+    context.check_hostname = check
+    context.verify_mode = _ssl.VerifyMode(wanted)
+    if "ciphers" in settings:
+        try:
+            context.set_ciphers(settings["ciphers"])
+        except (_ssl.SSLError, TypeError, ValueError):
+            _bad_tls("ciphers", "an OpenSSL cipher list", settings["ciphers"])
+    if "minimum_version" in settings:
+        context.minimum_version = _tls_version(settings["minimum_version"])
+
+
+def _tls_version(value: object) -> _ssl.TLSVersion:
+    if isinstance(value, str):
+        value = getattr(_ssl.TLSVersion, value, value)
+    if not isinstance(value, _ssl.TLSVersion):
+        _bad_tls("minimum_version", "an ssl.TLSVersion or its name, such as 'TLSv1_3'", value)
+    return value
+
+
+def _load_authorities(context: _ssl.SSLContext, settings: Mapping[str, Any]) -> None:
+    places = {"cafile": "ca_certs", "capath": "ca_path", "cadata": "ca_data"}
+    found = {place: settings[key] for place, key in places.items() if key in settings}
+    if not found:
+        context.load_default_certs()
+        return
+    for place, value in found.items():
+        key = places[place]
+        try:
+            if place == "capath" and not os.path.isdir(value):
+                raise FileNotFoundError("no such folder")
+            context.load_verify_locations(**{place: value})
+        except (OSError, TypeError, ValueError) as exc:
+            _unusable(key, "" if place == "cadata" else f" {_short(value)}", exc)
+
+
+def _load_own_certificate(context: _ssl.SSLContext, settings: Mapping[str, Any]) -> None:
+    certfile, keyfile = settings.get("certfile"), settings.get("keyfile")
+    if certfile is None:
+        if keyfile is not None:
+            raise OptionsError(
+                "'keyfile' of broker_use_ssl needs 'certfile', the certificate of that key",
+                "certfile",
+            )
+        return
+
+    def password() -> Any:
+        # Without a callable OpenSSL asks on the terminal, and a worker would wait there for ever.
+        if settings.get("password") is None:
+            raise ValueError("the key is encrypted, 'password' must be given")
+        return settings["password"]
+
+    for key, path in (("certfile", certfile), ("keyfile", keyfile)):
+        try:
+            if path is not None:
+                with open(path, "rb"):
+                    pass
+        except (OSError, TypeError) as exc:
+            _unusable(key, f" {_short(path)}", exc)
+    try:
+        context.load_cert_chain(certfile, keyfile, password)
+    except (OSError, TypeError, ValueError) as exc:
+        _unusable("certfile", f" {_short(certfile)} with its key", exc)
+
+
+def _bad_tls(key: str, expected: str, value: object) -> NoReturn:
+    raise OptionsError(
+        f"expected {key!r} of broker_use_ssl to be {expected}, got {_short(value)}", key
+    )
+
+
+def _unusable(key: str, what: str, exc: Exception) -> NoReturn:
+    reason = getattr(exc, "strerror", None) or exc
+    raise OptionsError(f"cannot use {key!r} of broker_use_ssl{what}: {reason}", key) from exc
