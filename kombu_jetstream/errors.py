@@ -21,7 +21,9 @@ exception as ``cls(*args)``.  No error holds a password, a token or a message bo
 
 from __future__ import annotations
 
+import difflib
 import pickle
+import reprlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -66,6 +68,7 @@ __all__ = [
     "ResourceLocked",
     "TLSNotOffered",
     "TopologyMismatch",
+    "shortened",
 ]
 
 
@@ -98,6 +101,18 @@ class OptionsError(JetStreamTransportError, ValueError):
         self.problem = problem
         self.option = option
         super().__init__(problem, problem, option)
+
+    @classmethod
+    def unknown(cls, what: str, name: object, known: Iterable[str]) -> OptionsError:
+        """Return "unknown *what* 'name'" with the nearest of the *known* names, if one is near."""
+        close = difflib.get_close_matches(str(name)[:64], sorted(known), n=1)
+        hint = f", did you mean {close[0]!r}?" if close else ""
+        return cls(f"unknown {what} {shortened(name)}{hint}", str(name))
+
+    @classmethod
+    def bad_value(cls, option: str, where: str, expected: str, got: str) -> OptionsError:
+        """Return "expected 'option' to be …, got …"; *got* is shown as it is, so no secrets."""
+        return cls(f"expected {option!r}{where} to be {expected}, got {got}", option)
 
 
 class ConnectionLost(JetStreamTransportError, RecoverableConnectionError):
@@ -537,6 +552,13 @@ class MalformedMessage(JetStreamTransportError, DecodeError):
     def __init__(self, problem: str) -> None:
         self.problem = problem
         super().__init__(problem, problem)
+
+
+def shortened(value: object) -> str:
+    """Return the `repr` of a value for a message, cut where it gets long."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 80
+    return short.repr(value)
 
 
 def _without_credentials(server: str) -> str:

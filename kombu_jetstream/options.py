@@ -10,33 +10,31 @@ reads the URL or the dictionary.  The rules:
 * Options that contradict each other are an error (`_TOGETHER`).
 * No message, `repr` or `as_uri` shows a password, a token or a URL's user info.
 
-All is pure, except that `ssl_context` reads the certificate files.
+All is pure.  TLS has its own setting, ``broker_use_ssl``, read by `tls.ssl_context`.
 Reference for users: docs/reference/options.md, which a test compares with the fields.
 """
 
 from __future__ import annotations
 
-import difflib
 import ipaddress
 import math
 import os
 import re
-import reprlib
-import ssl as _ssl
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields
-from typing import Any, Literal, NoReturn, TypeAlias
+from typing import Any, Literal, TypeAlias
 from urllib.parse import quote, unquote
 
-from .errors import OptionsError
+from .errors import OptionsError, shortened
+from .tls import server_hostname, ssl_context
 
 __all__ = [
     "IGNORED_OPTIONS",
     "KOMBU_OPTIONS",
     "Options",
     "as_uri",
+    "server_hostname",
     "ssl_context",
-    "tls_hostname",
     "url_from_parts",
 ]
 
@@ -148,10 +146,9 @@ def _whole(low: int, high: float = math.inf) -> Callable[[Any], int]:
 
 def _one_of(*choices: object) -> _Rule:
     def accept(value: Any) -> Any:
-        # By type too: True == 1, and a list is not hashable.
-        if not any(type(value) is type(choice) and value == choice for choice in choices):
-            raise ValueError
-        return value
+        if isinstance(value, bool):  # True == 1
+            raise TypeError
+        return choices[choices.index(value)]  # or ValueError
 
     return _Rule("one of " + ", ".join(map(repr, choices)), accept, type(choices[0]))
 
@@ -420,62 +417,27 @@ def _known(name: object, *, in_url: bool = False) -> Field[Any]:
         raise OptionsError(f"unknown option {name!r}, {_URL_ONLY[str(name)]}", str(name))
     if isinstance(name, str) and name in _FIELDS:
         return _FIELDS[name]
-    where = ""
     if in_url and isinstance(name, str):
-        where = " in the URL"
         if name in KOMBU_OPTIONS or name in IGNORED_OPTIONS:
             raise OptionsError(f"{name!r} belongs in the transport options, not in the URL", name)
         if name.startswith("ssl_"):
             raise OptionsError(f"{name!r} belongs in broker_use_ssl, not in the URL", name)
-    _unknown(f"option {_short(name)}{where}", name, (_FIELDS.keys() | KOMBU_OPTIONS) - {*_URL_ONLY})
+    raise OptionsError.unknown("option", name, (_FIELDS.keys() | KOMBU_OPTIONS) - {*_URL_ONLY})
 
 
-def _unknown(what: str, name: object, known: frozenset[str] | set[str]) -> NoReturn:
-    close = difflib.get_close_matches(str(name)[:64], sorted(known), n=1)
-    hint = f", did you mean {close[0]!r}?" if close else ""
-    raise OptionsError(f"unknown {what}{hint}", str(name))
-
-
-def _checked(each: Field[Any], value: object) -> Any:
+def _checked(each: Field[Any], value: Any, *, is_text: bool = False) -> Any:
+    """Return a value as it is stored; *is_text* if it has to be converted first."""
     rule: _Rule = each.metadata["rule"]
     try:
-        return rule.accept(value)
+        return rule.accept(rule.from_text(value) if is_text else value)
     except (ValueError, TypeError, OverflowError):
-        _refuse(each, value)
-
-
-def _from_text(each: Field[Any], text: str) -> Any:
-    rule: _Rule = each.metadata["rule"]
-    try:
-        value = rule.from_text(text)
-    except ValueError:
-        _refuse(each, text)
-    try:
-        return rule.accept(value)
-    except (ValueError, TypeError, OverflowError):
-        _refuse(each, text)
-
-
-def _refuse(each: Field[Any], value: object) -> NoReturn:
-    rule: _Rule = each.metadata["rule"]
-    raise OptionsError(
-        f"expected {each.name!r} to be {rule.expected}, got {_shown(each, value)}", each.name
-    ) from None
+        raise OptionsError.bad_value(each.name, "", rule.expected, _shown(each, value)) from None
 
 
 def _shown(each: Field[Any], value: object) -> str:
     if each.metadata["secret"] and value is not None:
         return f"{type(value).__name__} (not shown)"
-    return _short(value)
-
-
-def _short(value: object) -> str:
-    short = reprlib.Repr()
-    short.maxstring = short.maxother = 80
-    return short.repr(value)
-
-
-# The URL
+    return shortened(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -536,22 +498,25 @@ def _from_url(parts: _Split) -> Iterator[tuple[str, Any]]:
 
 def _url_options(parts: _Split) -> Iterator[tuple[str, Any]]:
     yield "tls", parts.tls
-    yield "servers", tuple(_server(text) for text in parts.hosts.split(","))
+    hosts = parts.hosts.split(",")
+    if len(hosts) > 1 and any(host.startswith(":") or not host for host in hosts):
+        raise OptionsError("expected a host on both sides of each ',' of the URL", "servers")
+    yield "servers", tuple(_server(text) for text in hosts)
     if parts.user_info:
         user, colon, password = parts.user_info.partition(":")
         if colon:
-            yield "user", _from_text(_FIELDS["user"], unquote(user))
+            yield "user", _checked(_FIELDS["user"], unquote(user), is_text=True)
             yield "password", unquote(password)
         else:
             yield "token", unquote(user)
     namespace = unquote(parts.path[1:])
     if namespace not in ("", "/"):  # kombu's forms of the default virtual host
-        yield "namespace", _from_text(_FIELDS["namespace"], namespace)
+        yield "namespace", _checked(_FIELDS["namespace"], namespace, is_text=True)
     for item in (parts.query or "").split("&"):
         if item:
             name, _, text = item.partition("=")
             each = _known(unquote(name), in_url=True)
-            yield each.name, _from_text(each, unquote(text))
+            yield each.name, _checked(each, unquote(text), is_text=True)
 
 
 _HOST_AND_PORT = re.compile(r"(?:\[(?P<v6>[^][]*)\]|(?P<host>[\w.-]*))(?::(?P<port>[^:]*))?")
@@ -573,7 +538,7 @@ def _server(text: str) -> Server:
             ipaddress.IPv6Address(host)
         except ValueError:
             raise OptionsError(
-                f"expected an IPv6 address in brackets in the URL, got {_short(host)}", "servers"
+                f"expected an IPv6 address in brackets in the URL, got {shortened(host)}", "servers"
             ) from None
     port = found["port"] if found["port"] is not None else str(DEFAULT_PORT)
     if not re.fullmatch(r"[0-9]{1,5}", port) or not 1 <= int(port) <= 65535:
@@ -651,218 +616,3 @@ def url_from_parts(
             quote(virtual_host or "", safe=""),
         ]
     )
-
-
-# TLS
-
-_CERT_REQS = {
-    "none": _ssl.CERT_NONE,
-    "optional": _ssl.CERT_OPTIONAL,
-    "required": _ssl.CERT_REQUIRED,
-}
-
-#: Other spellings of the keys of ``broker_use_ssl``: those of `ssl.create_default_context`, which
-#: py-amqp takes as ``context``, and of redis-py.
-_TLS_ALIASES = {
-    "cafile": "ca_certs",
-    "capath": "ca_path",
-    "cadata": "ca_data",
-    "keyfile_password": "password",
-    "min_version": "minimum_version",
-    "tls_minimum_version": "minimum_version",
-}
-_TLS_KEYS = frozenset(
-    {
-        "ca_certs",
-        "ca_data",
-        "ca_path",
-        "cert_reqs",
-        "certfile",
-        "check_hostname",
-        "ciphers",
-        "context",
-        "keyfile",
-        "minimum_version",
-        "password",
-        "server_hostname",
-    }
-)
-
-
-def ssl_context(ssl: object, tls: bool) -> _ssl.SSLContext | None:
-    """Return the context for ``broker_use_ssl`` (kombu's ``Connection.ssl``), or None for none.
-
-    *tls* is `Options.tls`: with it there is a context even if *ssl* is empty, and the server's
-    certificate is checked against the system's authorities.  The keys have the names of
-    `ssl.wrap_socket` and py-amqp, with or without ``ssl_`` in front, as Celery's Redis settings
-    have it.  Without ``cert_reqs`` and ``check_hostname`` both the certificate and the host name
-    are checked.
-
-    Raises `OptionsError` for unknown keys, bad values and files that cannot be used.
-    """
-    settings = _tls_settings(ssl)
-    if isinstance(ssl, _ssl.SSLContext):
-        return ssl
-    if not ssl and not tls:
-        return None
-    given = settings.get("context")
-    if isinstance(given, _ssl.SSLContext):
-        others = sorted(settings.keys() - {"context", "server_hostname"})
-        if others:
-            raise OptionsError(
-                f"expected {others[0]!r} of broker_use_ssl to be set in 'context', as one is given",
-                others[0],
-            )
-        return given
-    context = _ssl.SSLContext(_ssl.PROTOCOL_TLS_CLIENT)
-    _set_verification(context, settings)
-    _load_authorities(context, settings)
-    _load_own_certificate(context, settings)
-    return context
-
-
-def tls_hostname(options: Options, ssl: object) -> str | None:
-    """Return the name the server's certificate must have, or None for the host connected to.
-
-    It is `Options.tls_hostname` or ``server_hostname`` of ``broker_use_ssl``.
-    """
-    given = _tls_settings(ssl).get("server_hostname")
-    if given is None:
-        return options.tls_hostname
-    if not isinstance(given, str) or not given:
-        _bad_tls("server_hostname", "a host name", given)
-    if options.tls_hostname not in (None, given):
-        raise OptionsError(
-            f"'tls_hostname' is {options.tls_hostname!r} and 'server_hostname' of broker_use_ssl "
-            f"is {given!r}, say it once",
-            "tls_hostname",
-        )
-    return given
-
-
-def _tls_settings(ssl: object) -> dict[str, Any]:
-    """Return ``broker_use_ssl`` with each key in one spelling; a key of None is not given."""
-    if ssl is None or isinstance(ssl, (bool, _ssl.SSLContext)):
-        return {}
-    if not isinstance(ssl, Mapping):
-        raise OptionsError(
-            f"expected broker_use_ssl to be True, a dictionary or an SSLContext, got {_short(ssl)}",
-            "broker_use_ssl",
-        )
-    settings: dict[str, Any] = {}
-    for key, value in ssl.items():
-        name = _tls_key(key)
-        if value is None:
-            continue
-        if name == "context" and isinstance(value, Mapping):
-            pairs = _tls_settings(value).items()
-        else:
-            pairs = {name: value}.items()
-        for each, one in pairs:
-            if settings.setdefault(each, one) != one:
-                raise OptionsError(f"{each!r} is twice in broker_use_ssl, say it once", each)
-    return settings
-
-
-def _tls_key(key: object) -> str:
-    name = str(key)
-    if name == "ssl_version":
-        raise OptionsError(
-            "unknown key 'ssl_version' of broker_use_ssl, the version is negotiated; "
-            "'minimum_version' sets the least",
-            name,
-        )
-    name = name.removeprefix("ssl_")
-    name = _TLS_ALIASES.get(name, name)
-    if name not in _TLS_KEYS:
-        _unknown(f"key {_short(key)} of broker_use_ssl", name, _TLS_KEYS)
-    return name
-
-
-def _set_verification(context: _ssl.SSLContext, settings: Mapping[str, Any]) -> None:
-    wanted = settings.get("cert_reqs", _ssl.CERT_REQUIRED)
-    if isinstance(wanted, str):
-        wanted = _CERT_REQS.get(wanted.lower().removeprefix("cert_"), wanted)
-    if isinstance(wanted, bool) or wanted not in tuple(_CERT_REQS.values()):
-        _bad_tls("cert_reqs", "one of 'required', 'optional', 'none'", wanted)
-    check = settings.get("check_hostname", wanted != _ssl.CERT_NONE)
-    if not isinstance(check, bool):
-        _bad_tls("check_hostname", "True or False", check)
-    if check and wanted == _ssl.CERT_NONE:
-        raise OptionsError(
-            "'check_hostname' of broker_use_ssl needs certificates, 'cert_reqs' says none",
-            "check_hostname",
-        )
-    context.check_hostname = check
-    context.verify_mode = _ssl.VerifyMode(wanted)
-    if "ciphers" in settings:
-        try:
-            context.set_ciphers(settings["ciphers"])
-        except (_ssl.SSLError, TypeError, ValueError):
-            _bad_tls("ciphers", "an OpenSSL cipher list", settings["ciphers"])
-    if "minimum_version" in settings:
-        context.minimum_version = _tls_version(settings["minimum_version"])
-
-
-def _tls_version(value: object) -> _ssl.TLSVersion:
-    if isinstance(value, str):
-        value = getattr(_ssl.TLSVersion, value, value)
-    if not isinstance(value, _ssl.TLSVersion):
-        _bad_tls("minimum_version", "an ssl.TLSVersion or its name, such as 'TLSv1_3'", value)
-    return value
-
-
-def _load_authorities(context: _ssl.SSLContext, settings: Mapping[str, Any]) -> None:
-    places = {"cafile": "ca_certs", "capath": "ca_path", "cadata": "ca_data"}
-    found = {place: settings[key] for place, key in places.items() if key in settings}
-    if not found:
-        context.load_default_certs()
-        return
-    for place, value in found.items():
-        key = places[place]
-        try:
-            if place == "capath" and not os.path.isdir(value):
-                raise FileNotFoundError("no such folder")
-            context.load_verify_locations(**{place: value})
-        except (OSError, TypeError, ValueError) as exc:
-            _unusable(key, "" if place == "cadata" else f" {_short(value)}", exc)
-
-
-def _load_own_certificate(context: _ssl.SSLContext, settings: Mapping[str, Any]) -> None:
-    certfile, keyfile = settings.get("certfile"), settings.get("keyfile")
-    if certfile is None:
-        if keyfile is not None:
-            raise OptionsError(
-                "'keyfile' of broker_use_ssl needs 'certfile', the certificate of that key",
-                "certfile",
-            )
-        return
-
-    def password() -> Any:
-        # Without a callable OpenSSL asks on the terminal, and a worker would wait there for ever.
-        if settings.get("password") is None:
-            raise ValueError("the key is encrypted, 'password' must be given")
-        return settings["password"]
-
-    for key, path in (("certfile", certfile), ("keyfile", keyfile)):
-        try:
-            if path is not None:
-                with open(path, "rb"):
-                    pass
-        except (OSError, TypeError) as exc:
-            _unusable(key, f" {_short(path)}", exc)
-    try:
-        context.load_cert_chain(certfile, keyfile, password)
-    except (OSError, TypeError, ValueError) as exc:
-        _unusable("certfile", f" {_short(certfile)} with its key", exc)
-
-
-def _bad_tls(key: str, expected: str, value: object) -> NoReturn:
-    raise OptionsError(
-        f"expected {key!r} of broker_use_ssl to be {expected}, got {_short(value)}", key
-    )
-
-
-def _unusable(key: str, what: str, exc: Exception) -> NoReturn:
-    reason = getattr(exc, "strerror", None) or exc
-    raise OptionsError(f"cannot use {key!r} of broker_use_ssl{what}: {reason}", key) from exc
