@@ -1,37 +1,33 @@
-"""One connection to a NATS server, synchronous, over one non-blocking socket.
+"""One connection to a NATS server: synchronous, over one non-blocking socket.
 
 What a caller must know:
 
-1. **Handlers run in the thread that happens to read**: inside `wait`, `request`,
-   `read_available`, and inside a `publish` that finds the socket's buffer full.  They note what
-   came and return; one that blocks holds up every other waiter.
-2. **Any thread may write.**  A message is written whole, or the connection is lost.
-3. **There is no reconnect.**  After a failure every use raises the error of the first one; a
+1. **Handlers run in the thread that happens to read**: inside `wait`, `request` and
+   `read_available`, and inside a `publish` that finds the socket full.  They note what came and
+   return; one that blocks holds up every other waiter.
+2. **Any thread may write.**  A command is sent whole, or the connection is lost.
+3. **There is no reconnect.**  After a failure every use raises the first error again, and the
    caller makes a new `NatsConnection`.
 
-How it is built:
+How it works:
 
-- ``_lock`` guards the socket, what is to be written and the parser; it is never held while
-  waiting or calling a handler.  An `SSLSocket` must not be used by two threads at once.
-- ``_reader`` is a role: its holder alone polls for reading, reads and dispatches, so that events
-  keep their order.  The others who `wait` sleep on ``_changed`` until ``_turns`` moves.
+- ``_lock`` guards the socket, the bytes to be written and the parser; it is never held while
+  waiting or while a handler runs.  (An `SSLSocket` must not be used by two threads at once.)
+- ``_reader`` is a role.  Its holder alone polls for reading, reads and dispatches, so that what
+  came keeps its order; the others who `wait` sleep until ``_turns`` moves, then look again.
 - ``_writer`` is the thread that waits for room in a full socket.  One is enough, and eventlet
-  allows only one for each direction.
-- Nothing is looked up at import: gevent and eventlet may replace `socket`, `select` and
-  `threading` later.
+  allows one waiter for each direction of a socket.
+- gevent and eventlet replace `socket`, `select` and `threading` after this was imported, so all
+  three are used by their module's name, at the time of use.
 """
 
 from __future__ import annotations
 
-import base64
-import errno
 import ipaddress
 import itertools
 import logging
-import math
 import os
 import re
-import select
 import socket
 import ssl
 import threading
@@ -40,15 +36,24 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from importlib import metadata
-from typing import Any, Final, TypeAlias
+from typing import Final, TypeAlias
 
 from . import protocol
+from .endpoint import (
+    BLOCKED,
+    ConnectionSettings,
+    Credentials,
+    Server,
+    certificate_error,
+    dial,
+    encrypt,
+    poll_socket,
+)
 from .errors import (
     AuthenticationFailed,
-    CertificateRejected,
     ConnectionLost,
     ConnectionRejected,
     MessageTooLarge,
@@ -65,151 +70,39 @@ __all__ = ["ConnectionSettings", "Credentials", "NatsConnection", "Server"]
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_PORT: Final = 4222
-
-#: Bytes taken from the socket at once.
-_READ_BYTES: Final = 64 * 1024
+#: Bytes asked of the socket at once.
+READ_BYTES: Final = 64 * 1024
 
 #: Bytes that collect while corked, and that other threads may leave to the one that waits for
 #: room in the socket.
-_CORK_BYTES: Final = 64 * 1024
+CORK_BYTES: Final = 64 * 1024
 
-#: Pings without an answer after which the peer counts as dead.
-_MAX_PINGS_OUT: Final = 2
+#: Pings without an answer after which the server counts as dead.
+MAX_PINGS_OUT: Final = 2
 
-#: Milliseconds of one poll; its argument is a C int.
-_MAX_POLL_MS: Final = 3_600_000
+#: Denied subjects that are kept for `NatsConnection.check`.
+MAX_DENIALS: Final = 16
 
-Handler: TypeAlias = Callable[[Msg], None]
-ReplyCallback: TypeAlias = Callable[["Msg | PermissionDenied"], None]
+NO_RESPONDERS: Final = 503
 
-
-@dataclass(frozen=True, slots=True)
-class Server:
-    """Where a NATS server listens; *tls* demands TLS."""
-
-    host: str
-    port: int = DEFAULT_PORT
-    tls: bool = False
-    #: The name its certificate must bear, if not *host*: servers that a cluster made known are
-    #: often bare addresses.
-    tls_name: str | None = None
-
-    @classmethod
-    def parse(cls, text: str, *, tls: bool = False) -> Server:
-        """Read ``host``, ``host:port``, ``[::1]:4222``, ``nats://…`` or ``tls://…``.
-
-        ValueError for anything else; credentials do not belong here.
-        """
-        match = _SERVER.fullmatch(text)
-        port = int(match["port"] or DEFAULT_PORT) if match else 0
-        if match is None or not 0 < port < 65536:
-            shown = text.rpartition("@")[2]
-            raise ValueError(
-                f"expected a server as 'host:port' or 'nats://host:port', got {shown!r}"
-            )
-        return cls(match["ip6"] or match["host"], port, tls or match["scheme"] == "tls")
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-
-_SERVER: Final = re.compile(
-    r"(?:(?P<scheme>nats|tls)://)?(?:\[(?P<ip6>[^\]@]+)\]|(?P<host>[^\s:/@\[\]]+))"
-    r"(?::(?P<port>\d{1,5}))?/?"
+_DENIED: Final = re.compile(
+    r'permissions violation for (publish|subscription)[^"]*"([^"]*)"', re.IGNORECASE
 )
 
+#: The other errors after which the server goes on; all the rest are its last words (client.go).
+_HARMLESS: Final = re.compile(
+    r"permissions violation|maximum subscriptions exceeded|invalid (publish )?subject",
+    re.IGNORECASE,
+)
 
-@dataclass(frozen=True, slots=True)
-class Credentials:
-    """How to log in; files are read at every connect, so that they may be renewed."""
+_LOGIN: Final = re.compile(r"authorization|authentication", re.IGNORECASE)
 
-    user: str | None = None
-    password: str | None = field(default=None, repr=False)
-    token: str | None = field(default=None, repr=False)
-    nkey_seed_file: str | None = None
-    credentials_file: str | None = None
-
-    def connect_options(self, server: Server, nonce: str | None) -> dict[str, str]:
-        """Return the part of CONNECT that logs in; AuthenticationFailed if a file is no good."""
-        if self.credentials_file is not None:
-            text = _read_text("credentials_file", self.credentials_file, server)
-            jwt, seed = _JWT.search(text), _SEED.search(text)
-            if not jwt or not seed:
-                raise AuthenticationFailed(
-                    str(server),
-                    f"expected credentials_file {self.credentials_file!r} to have a "
-                    "'NATS USER JWT' and a 'USER NKEY SEED'",
-                )
-            _, signature = _sign(seed[1], nonce, server, "credentials_file", self.credentials_file)
-            return {"jwt": jwt[1], **signature}
-        if self.nkey_seed_file is not None:
-            seed_text = _read_text("nkey_seed_file", self.nkey_seed_file, server).strip()
-            public, signature = _sign(
-                seed_text, nonce, server, "nkey_seed_file", self.nkey_seed_file
-            )
-            return {"nkey": public, **signature}
-        if self.token is not None:
-            return {"auth_token": self.token}
-        if self.user is not None:
-            return {"user": self.user, "pass": self.password or ""}
-        return {}
-
-
-_JWT: Final = re.compile(r"-+BEGIN NATS USER JWT-+\s+(\S+)\s+-+END NATS USER JWT-+")
-_SEED: Final = re.compile(r"-+BEGIN USER NKEY SEED-+\s+(\S+)\s+-+END USER NKEY SEED-+")
-
-
-def _read_text(option: str, path: str, server: Server) -> str:
-    try:
-        with open(path, encoding="utf-8") as file:
-            return file.read()
-    except (OSError, UnicodeDecodeError) as exc:
-        reason = exc.strerror if isinstance(exc, OSError) else "not a text file"
-        raise AuthenticationFailed(str(server), f"cannot read {option} {path!r}: {reason}") from exc
-
-
-def _sign(
-    seed: str, nonce: str | None, server: Server, option: str, path: str
-) -> tuple[str, dict[str, str]]:
-    """Return the public key of *seed*, and the signature of *nonce* as CONNECT has it."""
-    import nkeys  # only who uses keys loads libsodium
-
-    try:
-        pair = nkeys.from_seed(bytearray(seed.encode()))
-        public = pair.public_key.decode()
-        # A server that asks for no credentials sends no nonce.
-        signature = {"sig": base64.b64encode(pair.sign(nonce.encode())).decode()} if nonce else {}
-    except Exception as exc:  # nkeys, libsodium and base64 each have their own for a bad seed
-        raise AuthenticationFailed(
-            str(server), f"expected a user's nkey seed ('SU…') in {option} {path!r}"
-        ) from exc
-    pair.wipe()
-    return public, signature
-
-
-@dataclass(frozen=True, slots=True)
-class ConnectionSettings:
-    """What a connection is made of; durations are seconds."""
-
-    servers: tuple[Server, ...] = (Server("127.0.0.1"),)
-    credentials: Credentials = Credentials()
-    #: Demands TLS from every server, with this context; a server's own *tls* demands it with the
-    #: system's certificate authorities.
-    tls: ssl.SSLContext | None = None
-    tls_hostname: str | None = None
-    tls_handshake_first: bool = False
-    #: For one server, with name resolution, TLS and log-in.
-    connect_timeout: float = 5.0
-    #: How long the socket may take no byte before the connection counts as lost.
-    write_timeout: float = 10.0
-    ping_interval: float = 30.0
-    name: str = "kombu_jetstream"
-    inbox_prefix: str = "_INBOX"
+Handler: TypeAlias = Callable[[Msg], None]
+ReplyHandler: TypeAlias = "Callable[[Msg | PermissionDenied], None]"
 
 
 class NatsConnection:
-    """A client of one NATS server; see the head of this module for the rules."""
+    """A client of one NATS server; the head of this module has the rules."""
 
     def __init__(
         self,
@@ -218,37 +111,37 @@ class NatsConnection:
         on_error: Callable[[Exception], None] | None = None,
     ) -> None:
         self.settings = settings
-        #: Called, in the reading thread, with each `PermissionDenied` and each other ``-ERR``
-        #: that did not close the connection; without it they are logged.
+        #: Gets every error of the server that left the connection open, in the reading thread;
+        #: they are logged without it.
         self.on_error = on_error
+        #: The process that may use this connection.
+        self.pid = os.getpid()
+        self.server: Server | None = None
         self.info = Info()
         #: Bytes that headers and payload of one message may have together.
         self.max_payload = self.info.max_payload
-        self.server: Server | None = None
-        self.pid = os.getpid()
-        self._inbox_prefix = f"{settings.inbox_prefix}.{os.urandom(11).hex()}".encode()
+        self._inbox = f"{settings.inbox_prefix}.{os.urandom(11).hex()}".encode()
         self._reset()
         _connections.add(self)
 
     def _reset(self) -> None:
-        """Begin without a socket, as for each server that is tried."""
+        """Begin from nothing, as for each server that is tried."""
         self._make_locks()
         self._sock: socket.socket | None = None
         self._failure: ConnectionLost | ConnectionRejected | None = None
+        self._is_accepted = False
         self._parser = protocol.Parser()
+        self._events: deque[protocol.Event] = deque()
         self._out = bytearray()
         self._corks = 0
-        self._events: deque[protocol.Event] = deque()
-        self._infos = 0
-        self._pings: deque[Callable[[], None]] = deque()  # what each PONG to come means
+        self._pings: deque[Callable[[], None]] = deque()  # what each PONG to come is for
         self._handlers: dict[int, Handler] = {}
         self._subjects: dict[int, bytes] = {}
         self._sids = itertools.count(1)
         self._tokens = itertools.count(1)
         self._inbox_sid = 0
-        self._inbox_denied: PermissionDenied | None = None
-        self._requests: dict[bytes, tuple[bytes, ReplyCallback]] = {}
-        self._denials: deque[PermissionDenied] = deque(maxlen=16)
+        self._requests: dict[bytes, tuple[bytes, ReplyHandler]] = {}
+        self._denials: deque[PermissionDenied] = deque(maxlen=MAX_DENIALS)
         self._heard = True
         self._ping_due = 0.0
         self._pings_out = 0
@@ -256,181 +149,147 @@ class NatsConnection:
     def _make_locks(self) -> None:
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
-        self._turns = 0
         self._reader = threading.RLock()
         self._writer: int | None = None
+        self._turns = 0
         self._pollers = 0
 
-    # -- state
+    # What it is
 
     @property
     def is_open(self) -> bool:
         """Whether the connection can be used, as far as is known without trying."""
-        return self._sock is not None and self._failure is None and self.pid == os.getpid()
+        return self._is_accepted and self._failure is None and self.pid == os.getpid()
 
     @property
     def discovered_servers(self) -> tuple[Server, ...]:
-        """The settings' servers, and those the cluster has now made known."""
-        known = {(server.host, server.port): server for server in self.settings.servers}
+        """The servers of the settings, and those the cluster has made known by now."""
         here = self.server
-        for url in self.info.connect_urls:
+        known = {(server.host, server.port): server for server in self.settings.servers}
+        for url in self.info.connect_urls if here is not None else ():
+            assert here is not None
             with suppress(ValueError):
-                server = Server.parse(url, tls=here is not None and here.tls)
-                if here is not None and _is_address(server.host) and not _is_address(here.host):
+                server = Server.parse(url, tls=here.tls)
+                if _is_address(server.host) and not _is_address(here.host):
                     server = replace(server, tls_name=here.tls_name or here.host)
                 known.setdefault((server.host, server.port), server)
         return tuple(known.values())
 
     def fileno(self) -> int:
-        """Return the socket's file descriptor, for an event loop; ConnectionLost if not open."""
+        """Return the socket's descriptor for an event loop, which calls `read_available`."""
         return self._usable().fileno()
 
     def check(self) -> None:
-        """Raise what went wrong since the last call: a lost connection, or a denied subject."""
+        """Raise the failure of the connection, or the oldest denied subject not raised yet."""
         self._usable()
         if self._denials:
             raise self._denials.popleft()
 
     def _usable(self) -> socket.socket:
-        sock = self._sock
-        if self._failure is None and self.pid != os.getpid():
-            self._forget_parents_socket()
+        """Return the socket, or raise why there is none."""
+        if self.pid != os.getpid():
+            self._leave_to_parent()
         if self._failure is not None:
             raise self._failure.with_traceback(None)
-        if sock is None:
+        if self._sock is None:
             raise ConnectionLost("not connected, call connect() first")
-        return sock
+        return self._sock
 
-    # -- connecting
+    # Connecting
 
     def connect(self) -> None:
-        """Connect to the first server that lets us in, trying them in order.
+        """Connect to the first of the settings' servers that lets us in.
 
-        Raises `AuthenticationFailed`, `TLSNotOffered` or `CertificateRejected` when that is what
-        happened with every one, else `NoServers` with each server's cause.
+        Raises `AuthenticationFailed`, `TLSNotOffered` or `CertificateRejected` when each of them
+        gave that, else `NoServers` with the cause for each.
         """
         if self._sock is not None:
             self._usable()
             raise RuntimeError(f"already connected to {self.server}")
-        causes: list[tuple[Server, Exception]] = []
+        causes: list[tuple[str, Exception]] = []
         for server in self.settings.servers:
             try:
-                self._open(server)
+                self._connect_to(server)
             except (ConnectionLost, ConnectionRejected, OSError) as exc:
-                causes.append((server, exc))
+                causes.append((str(server), exc))
             else:
                 logger.info("connected to %s, nats-server %s", server, self.info.raw.get("version"))
                 return
         first = causes[0][1] if causes else None
         if isinstance(first, ConnectionRejected) and len({type(exc) for _, exc in causes}) == 1:
             raise first
-        raise NoServers([(str(server), exc) for server, exc in causes]) from first
+        raise NoServers(causes) from first
 
-    def _open(self, server: Server) -> None:
+    def _connect_to(self, server: Server) -> None:
         settings = self.settings
+        context = settings.tls_context(server)
         deadline = time.monotonic() + settings.connect_timeout
-        context = settings.tls
-        if context is None and server.tls:
-            context = ssl.create_default_context()
         self._reset()
-        self.pid = os.getpid()
-        self.server = server
-        self._sock = _dial(server, deadline, settings.connect_timeout)
+        self.pid, self.server, self.info = os.getpid(), server, Info()
+        self._sock = dial(server, deadline)
         try:
             if context is not None and settings.tls_handshake_first:
-                self._start_tls(context, deadline)
-            self._expect(lambda: self._infos > 0, deadline, "INFO")
-            info = self.info
+                self._sock = encrypt(self._sock, server, context, settings, deadline)
+            self._expect("INFO", lambda: bool(self.info.raw), deadline)
             if context is not None and not settings.tls_handshake_first:
-                if not (info.tls_required or info.tls_available):
+                if not (self.info.tls_required or self.info.tls_available):
                     raise TLSNotOffered(str(server))
-                if self._parser.buffered or self._events:
+                if self._parser.buffered:
                     raise ProtocolError("expected nothing between INFO and the TLS handshake")
-                self._start_tls(context, deadline)
-            elif context is None and info.tls_required:
+                self._sock = encrypt(self._sock, server, context, settings, deadline)
+            elif context is None and self.info.tls_required:
                 raise ConnectionLost(
-                    f"server {server} demands TLS; use jetstreams:// or set broker_use_ssl"
+                    f"server {server} demands TLS; use jetstreams:// or broker_use_ssl"
                 )
-            options = {
-                "verbose": False,
-                "pedantic": False,
-                "lang": "python-kombu-jetstream",
-                "version": _version(),
-                "protocol": 1,
-                "headers": True,
-                "no_responders": True,
-                "echo": True,
-                "name": settings.name,
-                "tls_required": context is not None,
-                **settings.credentials.connect_options(server, info.nonce),
-            }
-            self._write(protocol.encode_connect(options))
-            accepted: list[bool] = []
-            self._ping(lambda: accepted.append(True))
-            self._expect(lambda: bool(accepted), deadline, "PONG")
+            self._write(protocol.encode_connect(self._connect_options(server, context is not None)))
+            self._ping(self._accept)
+            self._expect("PONG", lambda: self._is_accepted, deadline)
         except BaseException:
-            sock, self._sock = self._sock, None
-            if sock is not None:
-                sock.close()
+            self._sock.close()
+            self._sock = None
             raise
 
-    def _expect(self, ready: Callable[[], bool], deadline: float, what: str) -> None:
+    def _connect_options(self, server: Server, is_secure: bool) -> dict[str, object]:
+        return {
+            "verbose": False,
+            "pedantic": False,
+            "lang": "python-kombu-jetstream",
+            "version": _version(),
+            "protocol": 1,  # the server may send INFO again
+            "headers": True,
+            "no_responders": True,
+            "echo": True,
+            "name": self.settings.name,
+            "tls_required": is_secure,
+            **self.settings.credentials.connect_options(server, self.info.nonce),
+        }
+
+    def _accept(self) -> None:
+        self._is_accepted = True
+
+    def _expect(self, what: str, ready: Callable[[], bool], deadline: float) -> None:
         """Wait for a part of the handshake."""
-        try:
-            arrived = self.wait(ready, deadline - time.monotonic())
-        except ConnectionLost:
-            text = self._parser.last_err.message if self._parser.last_err else ""
-            if _is_about_login(text):
-                raise AuthenticationFailed(str(self.server), text) from None
-            raise
-        if not arrived:
+        if not self.wait(ready, max(0.0, deadline - time.monotonic())):
             hint = ""
             if what == "INFO" and not self.settings.tls_handshake_first:
-                hint = "; a server with handshake_first needs tls_handshake_first"
+                hint = "; one that begins with TLS needs tls_handshake_first"
             raise ConnectionLost(
-                f"expected {what} from {self.server} within {self.settings.connect_timeout:g} s, "
-                f"nothing came{hint}"
+                f"expected {what} from server {self.server} within "
+                f"{self.settings.connect_timeout:g} s, nothing came{hint}"
             )
 
-    def _start_tls(self, context: ssl.SSLContext, deadline: float) -> None:
-        """Replace the socket by its encrypted self; the handshake is over when this returns."""
-        server, plain = self.server, self._sock
-        assert server is not None
-        assert plain is not None
-        name = self.settings.tls_hostname or server.tls_name or server.host
-        try:
-            sock = context.wrap_socket(plain, server_hostname=name, do_handshake_on_connect=False)
-            self._sock = sock
-            while True:
-                try:
-                    sock.do_handshake()
-                    return
-                except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as exc:
-                    wants_read = isinstance(exc, ssl.SSLWantReadError)
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    raise ConnectionLost(
-                        f"expected the TLS handshake with {server} within "
-                        f"{self.settings.connect_timeout:g} s"
-                    )
-                _poll(sock.fileno(), wants_read, not wants_read, left)
-        except ssl.SSLError as exc:
-            if self.settings.tls_handshake_first and exc.reason in _NOT_TLS:
-                raise TLSNotOffered(str(server)) from exc
-            raise self._explained(exc) from exc
-
-    # -- subscriptions and messages
+    # Subscriptions and messages
 
     def subscribe(self, subject: bytes, handler: Handler, queue: bytes = b"") -> int:
-        """Call *handler* with each message for *subject*; return the subscription's number.
+        """Give *handler* each message for *subject*; return the subscription's number.
 
-        A denied subject raises PermissionDenied from the next `wait`, `round_trip` or `check`.
+        A subject this user may not read raises `PermissionDenied` from the next `wait`,
+        `round_trip` or `check`.
         """
         if not protocol.is_subscription_subject(subject):
             raise ValueError(f"expected a subject to subscribe to, got {subject!r}")
         sid = next(self._sids)
-        self._handlers[sid] = handler
-        self._subjects[sid] = subject
+        self._handlers[sid], self._subjects[sid] = handler, subject
         self._write(protocol.encode_sub(subject, sid, queue))
         return sid
 
@@ -438,79 +297,71 @@ class NatsConnection:
         """End a subscription; what the server sent before it knew still reaches the handler."""
         if sid in self._handlers:
             self._write(protocol.encode_unsub(sid))
-            self._ping(partial(self._forget_subscription, sid))
+            self._ping(partial(self._forget, sid))
 
-    def _forget_subscription(self, sid: int) -> None:
+    def _forget(self, sid: int) -> None:
         self._handlers.pop(sid, None)
         self._subjects.pop(sid, None)
 
     def publish(
         self, subject: bytes, payload: bytes, reply: bytes = b"", headers: bytes = b""
     ) -> None:
-        """Send a message, without any word on whether somebody got it.
+        """Send a message; nobody says whether it arrived.
 
-        MessageTooLarge when headers and payload exceed `max_payload`; nothing was sent then.
+        MessageTooLarge if headers and payload exceed `max_payload`, before anything is sent: the
+        server would close the connection.
         """
-        if reply and not protocol.is_publish_subject(reply):
-            raise ValueError(f"expected a subject to reply to, got {reply!r}")
-        self._publish(subject, payload, reply, headers)
-
-    def _publish(self, subject: bytes, payload: bytes, reply: bytes, headers: bytes) -> None:
-        # A larger one would make the server close the connection.
-        size = len(headers) + len(payload)
-        if size > self.max_payload:
-            raise MessageTooLarge(size, self.max_payload)
+        if len(headers) + len(payload) > self.max_payload:
+            raise MessageTooLarge(len(headers) + len(payload), self.max_payload)
         if not protocol.is_publish_subject(subject):
             raise ValueError(f"expected a subject to publish to, got {subject!r}")
         self._write(protocol.encode_pub(subject, payload, reply, headers))
 
     def write(self, raw: bytes) -> None:
-        """Send whole commands as `protocol` encodes them; nothing is checked."""
+        """Send whole commands, as `protocol` encodes them; they are not checked."""
         self._write(raw)
 
-    # -- requests
+    # Requests
 
     def new_inbox(self) -> bytes:
-        """Return a subject nobody else uses, to subscribe to."""
-        return b"%b.%d.i" % (self._inbox_prefix, next(self._tokens))
+        """Return a subject of our own, to subscribe to."""
+        return b"%b.%d.in" % (self._inbox, next(self._tokens))
 
     def request(
         self, subject: bytes, payload: bytes = b"", headers: bytes = b"", *, timeout: float
     ) -> Msg:
         """Send a message and return the answer.
 
-        Raises NoResponders, PermissionDenied, RequestTimeout, or ConnectionLost.
+        Raises `NoResponders`, `PermissionDenied`, `RequestTimeout` after *timeout* seconds.
         """
         answers: list[Msg | PermissionDenied] = []
         token = self.request_nowait(subject, payload, headers, answers.append)
         try:
             if not self.wait(lambda: bool(answers), timeout):
-                raise RequestTimeout(subject.decode("utf-8", "replace"), timeout)
+                raise RequestTimeout(subject.decode(), timeout)
         finally:
             self.cancel(token)
         answer = answers[0]
         if isinstance(answer, PermissionDenied):
             raise answer
-        if not answer.payload and protocol.status_code(answer.headers) == 503:
-            raise NoResponders(subject.decode("utf-8", "replace"))
+        if not answer.payload and protocol.status_code(answer.headers) == NO_RESPONDERS:
+            raise NoResponders(subject.decode())
         return answer
 
     def request_nowait(
-        self, subject: bytes, payload: bytes, headers: bytes, callback: ReplyCallback
+        self, subject: bytes, payload: bytes, headers: bytes, callback: ReplyHandler
     ) -> bytes:
         """Send a message; *callback* gets its answer, once, in the reading thread.
 
-        The answer is a Msg (status 503 when nobody listens) or PermissionDenied.  It never comes
-        when the connection is lost first.  Returns a token for `cancel`.
+        An answer is a `Msg`, with status 503 when nobody listens, or `PermissionDenied`.  None
+        comes when the connection is lost first.  Returns a token for `cancel`.
         """
         if not self._inbox_sid:
             self._subscribe_inbox()
-        if self._inbox_denied is not None:
-            raise self._inbox_denied
         token = b"%d" % next(self._tokens)
-        self._requests[token] = (subject, callback)
+        self._requests[token] = subject, callback
         try:
-            self._publish(subject, payload, b"%b.%b" % (self._inbox_prefix, token), headers)
+            self.publish(subject, payload, b"%b.%b" % (self._inbox, token), headers)
         except BaseException:
             self.cancel(token)
             raise
@@ -524,18 +375,28 @@ class NatsConnection:
         with self._lock:
             if self._inbox_sid:
                 return
-            self._inbox_sid = next(self._sids)
-        subject = self._inbox_prefix + b".*"
-        self._handlers[self._inbox_sid] = self._on_reply
-        self._subjects[self._inbox_sid] = subject
-        self._write(protocol.encode_sub(subject, self._inbox_sid))
+            sid = self._inbox_sid = next(self._sids)
+            self._handlers[sid], self._subjects[sid] = self._on_reply, self._inbox + b".*"
+            self._out += protocol.encode_sub(self._subjects[sid], sid)
 
     def _on_reply(self, msg: Msg) -> None:
-        request = self._requests.pop(msg.subject[len(self._inbox_prefix) + 1 :], None)
+        request = self._requests.pop(msg.subject[len(self._inbox) + 1 :], None)
         if request is not None:
             request[1](msg)
 
-    # -- writing
+    def _refuse(self, error: PermissionDenied, subject: bytes | None = None) -> bool:
+        """Answer the requests on *subject*, or all, with *error*; return whether any waited."""
+        waiting = [
+            (token, callback)
+            for token, (requested, callback) in list(self._requests.items())
+            if subject is None or requested.lower() == subject
+        ]
+        for token, callback in waiting:
+            self.cancel(token)
+            callback(error)
+        return bool(waiting)
+
+    # Writing
 
     def cork(self) -> None:
         """Collect what is written until `uncork`, up to 64 KiB; calls nest."""
@@ -543,16 +404,19 @@ class NatsConnection:
             self._corks += 1
 
     def uncork(self) -> None:
-        """End one `cork`; the last sends what was collected."""
+        """End a `cork`; the last one sends what was collected.
+
+        Does not raise for a connection that was lost before: the next use does.
+        """
         with self._lock:
             self._corks -= 1
-            if self._corks or not self._out or self._failure is not None or self._send():
+            if self._corks or self._failure is not None or self._send():
                 return
         self._wait_for_room()
 
     @contextmanager
     def corked(self) -> Iterator[None]:
-        """Collect what is written in the block, and send it at its end."""
+        """Collect what is written in the block, and send it at the end."""
         self.cork()
         try:
             yield
@@ -562,242 +426,228 @@ class NatsConnection:
     def flush(self) -> None:
         """Hand everything written to the kernel, corked or not."""
         with self._lock:
-            if not self._out or self._send():
+            if self._send():
                 return
         self._wait_for_room()
 
-    def _write(self, raw: bytes) -> None:
+    def _write(self, raw: bytes, on_pong: Callable[[], None] | None = None) -> None:
         with self._lock:
             if self._failure is not None or self._sock is None:
                 self._usable()
             self._out += raw
-            if (self._corks and len(self._out) <= _CORK_BYTES) or self._send():
+            if on_pong is not None:
+                self._pings.append(on_pong)  # under the lock, in the order of the PINGs
+            if (self._corks and len(self._out) <= CORK_BYTES) or self._send():
                 return
         self._wait_for_room()
 
     def _ping(self, on_pong: Callable[[], None]) -> None:
-        """Send PING; *on_pong* is called when the server has dealt with all that went before."""
-        with self._lock:
-            self._usable()
-            self._pings.append(on_pong)
-            self._out += protocol.CMD_PING
-            if self._corks or self._send():
-                return
-        self._wait_for_room()
+        """Have *on_pong* called when the server has dealt with all that was sent before."""
+        self._write(protocol.CMD_PING, on_pong)
 
     def _send(self) -> bool:
-        """Write what the socket takes, and return whether that is all; the lock is held."""
+        """Write what the socket takes; return whether that was all.  The lock is held."""
         sock, out = self._usable(), self._out
         try:
             while out:
+                # After SSLWantWriteError OpenSSL must see the same bytes again, more are fine:
+                # `out` only grows at its end meanwhile.
                 del out[: sock.send(out)]
-        except _BLOCKED:
+        except BLOCKED:
             return False
         except OSError as exc:
-            with suppress(OSError, ProtocolError):  # the server's -ERR says more than EPIPE
-                self._receive()
-            self._fail(self._explained(exc))
+            while self._receive()[0]:
+                pass  # the server's last words say more than EPIPE does
+            self._fail(self._explain(exc))
             self._usable()
         return True
 
     def _wait_for_room(self) -> None:
-        """Wait until the socket has taken what is to be written; reads meanwhile.
+        """Wait until the socket took all there is to write, and read meanwhile.
 
-        A server may stop to read from a client that does not read.
+        A peer may stop to read from who does not read.
         """
         me = threading.get_ident()
-        deadline = time.monotonic() + self.settings.write_timeout
-        before = 0
+        deadline, before = 0.0, -1
         while True:
             with self._lock:
                 done = self._send()
-                left = len(self._out)
+                left, now = len(self._out), time.monotonic()
+                if left != before:
+                    deadline, before = now + self.settings.write_timeout, left
                 if self._writer in (None, me):
                     self._writer = None if done else me
-                mine = self._writer == me
-                if done or (not mine and left <= _CORK_BYTES):
+                elif left <= CORK_BYTES:
+                    return  # that thread sends it
+                if done:
                     return
-                if left < before:  # it moves: the time is for a peer that takes nothing
-                    deadline = time.monotonic() + self.settings.write_timeout
-                before = left
-                remaining = deadline - time.monotonic()
-                if remaining <= 0:
-                    self._fail(
-                        ConnectionLost(
-                            f"server {self.server} took no byte for "
-                            f"{self.settings.write_timeout:g} s"
-                        )
-                    )
+                if now >= deadline:
+                    self._writer = None
+                    timeout = self.settings.write_timeout
+                    self._fail(ConnectionLost(f"{self.server} took no byte for {timeout:g} s"))
                     self._usable()
-                if not mine:
-                    self._changed.wait(min(remaining, 0.05))
+                if self._writer != me:
+                    self._changed.wait(deadline - now)
                     continue
             try:
-                self._turn(remaining, for_writing=True)
+                if self._reader.acquire(blocking=False):
+                    self._lead(deadline - now, writing=True)
+                else:
+                    self._poll(deadline - now, reading=False, writing=True)
             finally:
-                self._writer = None
+                with self._lock:
+                    self._writer = None
+                    self._next_turn()
 
-    # -- reading
+    # Reading
 
     def read_available(self) -> bool:
         """Read and dispatch what is there, without waiting; return whether there was anything.
 
         ConnectionLost when the server closed the connection, after what it had sent before.
-        When another thread is reading this returns False at once: that thread dispatches it.
+        While another thread reads, that one dispatches, and this returns False.
         """
-        return self._turn(0)
+        return self._reader.acquire(blocking=False) and self._lead(0.0)
 
     def wait(self, ready: Callable[[], bool], timeout: float | None) -> bool:
-        """Read and dispatch until *ready*, for at most *timeout* seconds; return if it is.
+        """Read and dispatch until *ready*, at most *timeout* seconds; return whether it is.
 
         Raises ConnectionLost, and PermissionDenied for a subscription the server refused.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         if self._out:
             self.flush()
-        expired = False
+        left, is_last = None, False
         while True:
             turns = self._turns
             if ready():
                 return True
             self._usable()
             self._raise_denied_subscription()
-            if expired:
+            if is_last:
                 return False
-            left = None
             if deadline is not None:
                 left = max(0.0, deadline - time.monotonic())
-                expired = left == 0.0
-            self._turn(left, turns)
+                is_last = left == 0.0
+            if self._reader.acquire(blocking=False):
+                self._lead(left, turns)
+            else:
+                with self._lock:
+                    if self._turns == turns:
+                        self._changed.wait(left)
 
     def round_trip(self, timeout: float) -> None:
-        """Return when the server has dealt with everything sent so far.
+        """Return when the server has dealt with all that was sent before.
 
-        RequestTimeout after *timeout* seconds, PermissionDenied for a subject it refused.
+        RequestTimeout after *timeout* seconds; PermissionDenied for a subject it refused.
         """
-        answered: list[bool] = []
-        self._ping(lambda: answered.append(True))
-        if not self.wait(lambda: bool(answered), timeout):
+        answers: list[bool] = []
+        self._ping(partial(answers.append, True))
+        if not self.wait(lambda: bool(answers), timeout):
             raise RequestTimeout("PING", timeout)
         self.check()
 
     def keepalive(self, now: float) -> None:
         """Ping a server that was silent for `ping_interval`; ConnectionLost when it is dead.
 
-        Call it any time, from any thread, with a clock that does not jump.  It reads only while
-        the server is silent, so it takes no messages from the thread that waits for them.
+        Call it from time to time, from any thread, with a clock that does not jump.  It reads
+        only while the server is silent, so that it takes no message from who waits for them.
         """
         if self._heard:
-            self._heard = False
-            self._pings_out = 0
-            self._ping_due = now + self.settings.ping_interval
-        elif now >= self._ping_due and not self.read_available():
-            if self._pings_out >= _MAX_PINGS_OUT:
-                with self._lock:
-                    self._fail(
-                        ConnectionLost(
-                            f"server {self.server} left {self._pings_out} pings unanswered, "
-                            f"{self.settings.ping_interval:g} s each"
-                        )
-                    )
+            self._heard, self._pings_out = False, 0
+        elif now < self._ping_due or self.read_available():
+            return
+        elif self._pings_out < MAX_PINGS_OUT:
             self._pings_out += 1
-            self._ping_due = now + self.settings.ping_interval
             self._ping(_nothing)
-
-    def _turn(
-        self, timeout: float | None, turns: int | None = None, *, for_writing: bool = False
-    ) -> bool:
-        """Wait once for something to happen, and dispatch what came; return if anything did.
-
-        The thread that gets the reader's role polls the socket; another waits until that one has
-        dispatched something.  *turns* is the count the caller's knowledge is of: when it has
-        moved, there is something to look at already.
-        """
-        reading = self._reader.acquire(blocking=False)
-        if not reading and not for_writing:
-            if timeout != 0:
-                with self._lock:
-                    if self._turns == turns and self._failure is None:
-                        self._changed.wait(timeout)
-            return False
-        try:
-            if turns is not None and self._turns != turns:
-                return False
-            if self._events:
-                self._dispatch()
-                return True
-            if timeout == 0 or self._poll(timeout, reading, for_writing):
-                return reading and self._read()
-            return False
-        finally:
-            if reading:
-                self._reader.release()
+        else:
             with self._lock:
-                self._turns += 1
-                self._changed.notify_all()
+                self._fail(ConnectionLost(f"{self.server} left {self._pings_out} pings unanswered"))
+            self._usable()
+        self._ping_due = now + self.settings.ping_interval
 
-    def _poll(self, timeout: float | None, reading: bool, writing: bool) -> bool:
-        """Wait for the socket; return whether there may be something to read."""
+    def _lead(self, timeout: float | None, turns: int | None = None, writing: bool = False) -> bool:
+        """Wait once for the socket, read and dispatch; return whether anything came.
+
+        The caller has taken the reader's role, which ends here.  *turns* is the one the caller
+        looked at last: after a later one it should look again before it waits.
+        """
+        try:
+            if turns is not None and turns != self._turns:
+                return False
+            if self._events:  # a handler raised, or waits itself
+                return self._dispatch()
+            if timeout != 0 and not self._poll(timeout, reading=True, writing=writing):
+                return False
+            return self._read()
+        finally:
+            self._reader.release()
+            with self._lock:
+                self._next_turn()
+
+    def _next_turn(self) -> None:
+        self._turns += 1
+        self._changed.notify_all()
+
+    def _poll(self, timeout: float | None, *, reading: bool, writing: bool) -> bool:
+        """Wait for the socket; return whether there is something to read."""
         with self._lock:
             sock = self._usable()
-            self._pollers += 1
-        try:
             if reading and isinstance(sock, ssl.SSLSocket) and sock.pending():
                 return True
-            return _poll(sock.fileno(), reading, writing, timeout)
+            self._pollers += 1
+        try:
+            return poll_socket(sock.fileno(), reading, writing, timeout)[0]
         finally:
             with self._lock:
                 self._pollers -= 1
-                if self._failure is not None and not self._pollers:
-                    sock.close()
+                self._close_if_over()
 
     def _read(self) -> bool:
-        """Read until the socket has no more, dispatching; the reader's role is held."""
-        heard = False
+        """Read until the socket has no more, and dispatch; the reader's role is held."""
+        found = False
         while True:
             with self._lock:
-                self._usable()
-                if self._out and not self._corks:
-                    self._send()
+                if not self._send():
+                    pass  # who wrote it waits for room
                 more, lost = self._receive()
-            heard |= self._dispatch()
+            found |= self._dispatch()
             if lost is not None:
                 with self._lock:
                     self._fail(lost)
                 self._usable()
             if not more:
-                return heard
+                return found
 
     def _receive(self) -> tuple[bool, ConnectionLost | ConnectionRejected | None]:
-        """Take bytes once; return if there may be more, and why there will not be any.
+        """Take bytes once; return whether there may be more, and why there never will.
 
-        The lock is held.  TLS is asked until it wants the socket: OpenSSL may hold bytes that
-        the file descriptor does not show.
+        The lock is held.  TLS is asked until it wants the socket again: OpenSSL may hold bytes
+        the descriptor does not show.
         """
         sock = self._usable()
         try:
-            data = sock.recv(_READ_BYTES)
-        except _BLOCKED:
+            data = sock.recv(READ_BYTES)
+            if data:
+                self._heard = True
+                self._events.extend(self._parser.feed(data))
+                if self._parser.error is not None:
+                    return False, self._parser.error
+                return len(data) == READ_BYTES or isinstance(sock, ssl.SSLSocket), None
+        except BLOCKED:
             return False, None
-        except OSError as exc:
-            return False, self._explained(exc)
-        if not data:
-            return False, self._explained(None)
-        self._heard = True
-        try:
-            self._events.extend(self._parser.feed(data))
         except ProtocolError as exc:
             return False, exc
-        if self._parser.error is not None:
-            return False, self._parser.error
-        return len(data) == _READ_BYTES or isinstance(sock, ssl.SSLSocket), None
+        except OSError as exc:
+            return False, self._explain(exc)
+        return False, self._explain(None)
 
-    # -- what came
+    # What came
 
     def _dispatch(self) -> bool:
-        """Give the events to whom they are for; return whether there were any.
+        """Give events to whom they are for, in their order; return whether there were any.
 
-        A handler may come back here by waiting itself: the queue keeps the order.
+        A handler may end up here again, by waiting itself: it goes on where this one was.
         """
         events, handlers = self._events, self._handlers
         found = bool(events)
@@ -818,52 +668,39 @@ class NatsConnection:
             if self._pings:
                 self._pings.popleft()()
         elif isinstance(event, Info):
-            self.info = event
-            self.max_payload = event.max_payload
-            self._infos += 1
+            self.info, self.max_payload = event, event.max_payload
         elif isinstance(event, Err):
-            self._on_err(event.message)
+            self._on_error(event.message)
 
-    def _on_err(self, message: str) -> None:
-        """Give a ``-ERR`` to the call that caused it.
-
-        Others either close the connection (the parser keeps the newest for that) or are told.
-        """
+    def _on_error(self, message: str) -> None:
+        """Give a ``-ERR`` to the call that caused it, or fail."""
         denied = _DENIED.match(message)
-        if denied is None:
+        if denied is not None:
+            self._on_denied(denied[1].lower() == "publish", denied[2])
+        elif _HARMLESS.match(message):
             self._tell(ConnectionLost(f"server {self.server} says {message!r}"))
-            return
-        subject = denied["subject"]
-        if denied["operation"].lower() == "subscription":
-            error = PermissionDenied("subscribe", subject)
-            self._on_subscription_denied(subject.lower().encode(), error)
         else:
-            error = PermissionDenied("publish", subject)
-            if not self.publish_denied(error):
-                self._denials.append(error)
+            with self._lock:
+                self._fail(self._last_words(message))
+            self._usable()
+
+    def _on_denied(self, is_publish: bool, subject: str) -> None:
+        error = PermissionDenied("publish" if is_publish else "subscribe", subject)
+        # The server may spell the subject in lower case.
+        lowered = subject.lower().encode()
+        if is_publish:
+            is_known = self._refuse(error, lowered)
+        else:
+            is_known = False
+            for sid, subscribed in list(self._subjects.items()):
+                if subscribed.lower() == lowered:
+                    self._forget(sid)
+                    if sid == self._inbox_sid:
+                        self._inbox_sid = 0
+                        is_known = self._refuse(error)
+        if not is_known:
+            self._denials.append(error)
         self._tell(error)
-
-    def publish_denied(self, error: PermissionDenied) -> bool:
-        """Fail the requests on a subject the server refused; return whether there were any."""
-        # Older servers spell the subject in lower case.
-        subject = error.subject.lower().encode()
-        found = [
-            (token, callback)
-            for token, (requested, callback) in list(self._requests.items())
-            if requested.lower() == subject
-        ]
-        for token, callback in found:
-            self.cancel(token)
-            callback(error)
-        return bool(found)
-
-    def _on_subscription_denied(self, subject: bytes, error: PermissionDenied) -> None:
-        self._denials.append(error)
-        for sid, subscribed in list(self._subjects.items()):
-            if subscribed.lower() == subject:
-                self._forget_subscription(sid)
-                if sid == self._inbox_sid:
-                    self._inbox_denied = error
 
     def _raise_denied_subscription(self) -> None:
         for error in self._denials:
@@ -877,111 +714,80 @@ class NatsConnection:
         else:
             logger.warning("%s", error)
 
-    # -- the end
+    # The end
 
     def close(self) -> None:
-        """Close the connection; what was written but not sent is tried once more."""
+        """Close the connection, after one try to send what was written."""
         with self._lock:
-            if self._failure is None:
-                if self._sock is not None and self.pid == os.getpid():
-                    with suppress(ConnectionLost, ConnectionRejected):
-                        self._send()
-                self._fail(ConnectionLost("closed by this client"))
+            if self._failure is None and self._sock is not None:
+                with suppress(ConnectionLost, ConnectionRejected):
+                    self._send()
+            self._fail(ConnectionLost("closed by this client"))
 
     def _fail(self, failure: ConnectionLost | ConnectionRejected) -> None:
-        """Note why the connection is of no use any more, and close it; the lock is held."""
-        if self._failure is not None:
-            return
-        self._failure = failure
-        sock = self._sock
-        if sock is not None:
-            # Wakes who polls; then the last of them closes, as the number could be another
-            # socket's by the time it polls.
-            with suppress(OSError):
-                socket.socket.shutdown(sock, socket.SHUT_RDWR)
-            if not self._pollers:
-                sock.close()
-        self._turns += 1
-        self._changed.notify_all()
+        """Close the connection for a reason, the first one counts; the lock is held."""
+        if self._failure is None:
+            self._failure = failure
+            if self._sock is not None:
+                with suppress(OSError):
+                    self._sock.shutdown(socket.SHUT_RDWR)  # wakes who polls
+            self._close_if_over()
+            self._next_turn()
 
-    def _explained(self, exc: OSError | None) -> ConnectionLost | ConnectionRejected:
-        """Return our error for what the socket said; None is an end of file."""
-        if isinstance(exc, ssl.SSLError):
-            if isinstance(exc, ssl.SSLCertVerificationError):
-                return CertificateRejected(str(self.server), exc.verify_message)
-            if exc.reason in _CLIENT_CERTIFICATE:
-                return CertificateRejected(
-                    str(self.server), f"it wants another client certificate ({exc.reason})"
-                )
-        if (
-            self._parser.last_err is not None
-            and _DENIED.match(self._parser.last_err.message) is None
-        ):
-            return ConnectionLost(
-                f"server {self.server} closed it: {self._parser.last_err.message!r}"
-            )
+    def _close_if_over(self) -> None:
+        # Not while a thread polls: the number could be another file's by the time it does.
+        if self._failure is not None and self._sock is not None and not self._pollers:
+            self._sock.close()
+
+    def _explain(self, exc: OSError | None) -> ConnectionLost | ConnectionRejected:
+        """Return our error for the socket's, or for its end (None)."""
+        for event in self._events:
+            if isinstance(event, Err) and not _HARMLESS.match(event.message):
+                return self._last_words(event.message)
         if exc is None:
             return ConnectionLost(f"server {self.server} closed it")
-        return ConnectionLost(f"server {self.server}: {exc.strerror or exc}")
-
-    def _forget_parents_socket(self) -> None:
-        """In a forked child: drop the inherited socket without a word on the wire.
-
-        Closing would do for a plain one.  But other objects may hold the descriptor's number (an
-        event loop does), so it stays taken, by the null device, until the process ends.  TLS says
-        nothing either: its farewell would be the parent's.
-        """
-        self._make_locks()
-        self._failure = ConnectionLost(
-            f"made by process {self.pid}, this is {os.getpid()}; connect anew after a fork"
+        assert self.server is not None
+        return certificate_error(self.server, exc) or ConnectionLost(
+            f"server {self.server}: {exc.strerror or exc}"
         )
-        if self._sock is not None:
-            null = os.open(os.devnull, os.O_RDWR)
-            os.dup2(null, self._sock.detach(), inheritable=False)
-            os.close(null)
+
+    def _last_words(self, message: str) -> ConnectionLost | ConnectionRejected:
+        """Return our error for the one with which the server closes the connection."""
+        if not self._is_accepted and _LOGIN.search(message):
+            return AuthenticationFailed(str(self.server), message)
+        return ConnectionLost(f"server {self.server} closed it: {message!r}")
+
+    def _leave_to_parent(self) -> None:
+        """In a forked child: drop the inherited socket, without a word on the wire.
+
+        Its number stays taken, by the null device, until the process ends: an event loop may
+        know it, and must not find another file there.  TLS says no farewell, it would be the
+        parent's.
+        """
+        self._make_locks()  # another thread of the parent may have held them
+        if self._failure is None:
+            self._failure = ConnectionLost(
+                f"it was made by process {self.pid}, a forked one needs its own"
+            )
+            if self._sock is not None and self._sock.fileno() >= 0:
+                null = os.open(os.devnull, os.O_RDWR)
+                os.dup2(null, self._sock.detach(), inheritable=False)
+                os.close(null)
 
 
-#: The connections of this process.  It owns none of them: it is there for the children.
+#: The connections of this process, for its children.  It keeps none alive.
 _connections: weakref.WeakSet[NatsConnection] = weakref.WeakSet()
 
 
-def _drop_inherited() -> None:
-    # At once, not when the child uses them: as long as any child holds the socket, the server
-    # takes a dead parent for alive and goes on answering its pulls.
+def _leave_all_to_parent() -> None:
+    # At once and not at the first use: while any child holds the socket, the server takes a dead
+    # parent for alive, and goes on giving it messages.
     for connection in list(_connections):
-        connection._forget_parents_socket()
+        connection._leave_to_parent()
     _connections.clear()
 
 
-os.register_at_fork(after_in_child=_drop_inherited)
-
-
-_BLOCKED: Final = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
-
-#: OpenSSL's words for a peer that does not speak TLS (they changed with its versions).
-_NOT_TLS: Final = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "UNKNOWN_PROTOCOL")
-
-#: OpenSSL's words for a server that does not like ours; with TLS 1.3 they come with the first
-#: read, as the client's part of the handshake is over by then.
-_CLIENT_CERTIFICATE: Final = (
-    "TLSV13_ALERT_CERTIFICATE_REQUIRED",
-    "TLSV1_ALERT_UNKNOWN_CA",
-    "SSLV3_ALERT_BAD_CERTIFICATE",
-    "SSLV3_ALERT_CERTIFICATE_EXPIRED",
-    "SSLV3_ALERT_CERTIFICATE_REVOKED",
-    "SSLV3_ALERT_CERTIFICATE_UNKNOWN",
-    "SSLV3_ALERT_UNSUPPORTED_CERTIFICATE",
-    "SSLV3_ALERT_HANDSHAKE_FAILURE",
-)
-
-_DENIED: Final = re.compile(
-    r'permissions violation for (?P<operation>publish|subscription)[^"]*"(?P<subject>[^"]*)"',
-    re.IGNORECASE,
-)
-
-
-def _is_about_login(message: str) -> bool:
-    return "authorization" in message.lower() or "authentication" in message.lower()
+os.register_at_fork(after_in_child=_leave_all_to_parent)
 
 
 def _is_address(host: str) -> bool:
@@ -1001,56 +807,3 @@ def _version() -> str:
 
 def _nothing() -> None:
     pass
-
-
-def _dial(server: Server, deadline: float, timeout: float) -> socket.socket:
-    """Return a connected, non-blocking socket; OSError of the last address when none answers.
-
-    Each address gets its share of the time, so that one that swallows packets does not use up
-    what the others need.
-    """
-    addresses = socket.getaddrinfo(server.host, server.port, type=socket.SOCK_STREAM)
-    problem: OSError = OSError(f"no address for {server.host!r}")
-    for index, (family, kind, proto, _, address) in enumerate(addresses):
-        sock = socket.socket(family, kind, proto)
-        try:
-            sock.setblocking(False)
-            share = (deadline - time.monotonic()) / (len(addresses) - index)
-            _finish_connect(sock, address, share)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        except OSError as exc:
-            sock.close()
-            problem = exc
-        except BaseException:
-            sock.close()
-            raise
-        else:
-            return sock
-    raise problem
-
-
-def _finish_connect(sock: socket.socket, address: Any, timeout: float) -> None:
-    code = sock.connect_ex(address)
-    if code in (errno.EINPROGRESS, errno.EWOULDBLOCK, errno.EINTR):
-        _poll(sock.fileno(), False, True, max(timeout, 0))
-        code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if not code:
-            try:
-                sock.getpeername()
-            except OSError:
-                code = errno.ETIMEDOUT
-    if code:
-        raise OSError(code, os.strerror(code))
-
-
-def _poll(fd: int, reading: bool, writing: bool, timeout: float | None) -> bool:
-    """Wait until *fd* can be read or written; return whether reading is worth a try."""
-    poll = getattr(select, "poll", None)
-    if poll is None:  # eventlet takes it away
-        ready, _, _ = select.select([fd] * reading, [fd] * writing, [], timeout)
-        return bool(ready)
-    poller = poll()
-    poller.register(fd, select.POLLIN * reading | select.POLLOUT * writing)
-    wait_ms = None if timeout is None else min(math.ceil(timeout * 1000), _MAX_POLL_MS)
-    return any(events & ~select.POLLOUT for _, events in poller.poll(wait_ms))

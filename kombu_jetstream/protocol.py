@@ -394,7 +394,7 @@ def status_code(headers: bytes) -> int:
     return int(digits) if headers[8:9] == b" " and digits.isdigit() else 0
 
 
-_LITERAL: Final = rb"(?![*>](?:\.|\Z))[^\x00-\x20\x7f.]+"
+_LITERAL: Final = rb"[^\x00-\x20\x7f*>.]+"
 _PUBLISH_SUBJECT: Final = re.compile(rb"%b(?:\.%b)*" % (_LITERAL, _LITERAL))
 _SUBSCRIPTION_SUBJECT: Final = re.compile(rb"(?:(?!>\.)[^\x00-\x20\x7f.]+\.)*[^\x00-\x20\x7f.]+")
 
