@@ -103,11 +103,13 @@ class OptionsError(JetStreamTransportError, ValueError):
         super().__init__(problem, problem, option)
 
     @classmethod
-    def unknown(cls, what: str, name: object, known: Iterable[str]) -> OptionsError:
-        """Return "unknown *what* 'name'" with the nearest of the *known* names, if one is near."""
+    def unknown(
+        cls, kind: str, name: object, known: Iterable[str], where: str = ""
+    ) -> OptionsError:
+        """Return "unknown *kind* 'name'" with the nearest of the *known* names, if one is near."""
         close = difflib.get_close_matches(str(name)[:64], sorted(known), n=1)
         hint = f", did you mean {close[0]!r}?" if close else ""
-        return cls(f"unknown {what} {shortened(name)}{hint}", str(name))
+        return cls(f"unknown {kind} {shortened(name)}{where}{hint}", str(name))
 
     @classmethod
     def bad_value(cls, option: str, where: str, expected: str, got: str) -> OptionsError:

@@ -552,8 +552,8 @@ def _server(text: str) -> Server:
 def as_uri(url: str, include_password: bool = False, mask: str = "**") -> str:
     """Return the URL for people to read: password, token and secret options masked.
 
-    Never raises: it is called for log lines.  Of a URL that cannot be read only the scheme and
-    what follows the last '@' is shown.
+    Never raises: it is called for log lines.  Of a URL that cannot be read only the scheme is
+    shown, and what follows the last '@' of its user info.
     """
     if include_password:
         return url
@@ -578,8 +578,10 @@ def _masked_item(item: str, mask: str) -> str:
 def _masked_blindly(url: str, mask: str) -> str:
     scheme, _, rest = url.rpartition("://")
     shown = scheme if scheme.lower() in ("jetstream", "jetstreams") else "jetstream"
-    _, at, hosts = rest.rpartition("@")
-    return f"{shown}://{mask}" + (at + hosts.partition("?")[0] if at else "")
+    before, at, hosts = rest.rpartition("@")
+    # An '@' in the query may be part of a secret option's value, and so may all around it.
+    tail = at + hosts.partition("?")[0] if at and "?" not in before else ""
+    return f"{shown}://{mask}{tail}"
 
 
 def url_from_parts(

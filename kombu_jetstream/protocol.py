@@ -64,8 +64,9 @@ MAX_INFO_BYTES: Final = 1024 * 1024
 #: may add headers of its own to what a client sent.
 MAX_MESSAGE_BYTES: Final = 65 * 1024 * 1024
 
-#: Digits of the largest size anybody could mean; `int` is not asked about longer ones.
-_MAX_DIGITS: Final = 10
+#: Servers number no subscriptions, we do; and no number of this protocol has more digits.
+_MAX_SID: Final = 10**18
+_MAX_DIGITS: Final = 19
 
 _CRLF: Final = b"\r\n"
 _HEADERS_START: Final = b"NATS/1.0"
@@ -164,8 +165,6 @@ class Parser:
     def __init__(self, max_message_bytes: int = MAX_MESSAGE_BYTES) -> None:
         #: Why no more is read, once the stream broke.
         self.error: ProtocolError | None = None
-        #: The newest `Err`: a server says it last, before it closes.
-        self.last_err: Err | None = None
         self._max_message_bytes = max_message_bytes
         self._rest = bytearray()  # what is not a whole event yet
         self._needed = 0  # bytes the event in _rest has in all; 0 while its line is unfinished
@@ -179,100 +178,70 @@ class Parser:
         """Return the events that *data* completes; ProtocolError when this is not NATS."""
         if self.error is not None:
             raise self.error
+        events: list[Event] = []
+        try:
+            self._take(data, events)
+        except ProtocolError as exc:
+            self.error = exc
+            if not events:
+                raise
+        return events
+
+    def _take(self, data: bytes, events: list[Event]) -> None:
+        """Put *data* behind what is unfinished, and read when that can bring anything."""
         rest = self._rest
         if rest:
             seen = len(rest)
             rest += data
             if len(rest) < self._needed:
-                return []
-            if not self._needed and rest.find(_CRLF, seen - 1) < 0 and self._may_be_a_line(rest):
-                return []
+                return
+            if not self._needed and rest.find(_CRLF, seen - 1) < 0:
+                _check_length(rest)
+                return
             data = bytes(rest)
             rest.clear()
             self._needed = 0
-        events: list[Event] = []
-        try:
-            unread = self._read(data, events)
-        except ProtocolError as exc:
-            self.error = exc
-            if not events:
-                raise
-        else:
-            if unread < len(data):
-                rest += memoryview(data)[unread:]
-        return events
+        used = self._read(data, events)
+        if used < len(data):
+            rest += memoryview(data)[used:]
 
     def _read(self, data: bytes, events: list[Event]) -> int:
         """Append the events of *data*; return the offset of the first byte not used."""
-        start, end = 0, len(data)
+        start, end, largest = 0, len(data), self._max_message_bytes
         while start < end:
             eol = data.find(_CRLF, start)
             if eol < 0:
-                self._may_be_a_line(data[start : start + MAX_INFO_BYTES + 2])
+                _check_length(data[start : start + MAX_INFO_BYTES + 2])
                 break
+            line = data[start:eol]
             if eol - start > MAX_LINE_BYTES:
-                self._may_be_a_line(data[start:eol])
-            words = data[start:eol].split()
+                _check_length(line)
+            words = line.split()
             verb = words[0] if words else b""
             fewest = _MESSAGE_WORDS.get(verb)
             if fewest is None:
-                events.append(self._control(verb, data[start:eol]))
+                events.append(_event(verb, line))
                 start = eol + 2
                 continue
-            count = len(words)
-            if count == fewest:
-                reply = b""
-            elif count == fewest + 1:
-                reply = words[3]
-            else:
-                _fail("a subject, a number and sizes", data[start:eol])
+            if not fewest <= len(words) <= fewest + 1:
+                _fail("a subject, a subscription and sizes", line)
+            sid = _number(words[2], _MAX_SID, line)
             body = eol + 2
-            stop = body + self._size(words[-1], words)
+            stop = body + _number(words[-1], largest, line)
             if stop + 2 > end:
                 self._needed = stop + 2 - start
                 break
             text = body
             if verb == b"HMSG":
-                text += self._size(words[-2], words)
-                if text > stop or not data.startswith(_HEADERS_START, body):
-                    _fail("headers inside the message", data[start:eol])
-            if data[stop : stop + 2] != _CRLF or not words[2].isdigit():
-                _fail("a subscription number, and CRLF after the payload", data[start:eol])
-            events.append(
-                _new(Msg, (int(words[2]), words[1], reply, data[body:text], data[text:stop]))
-            )
+                text += _number(words[-2], stop - body, line)
+                if not data.startswith(_HEADERS_START, body, text):
+                    _fail("headers to begin with NATS/1.0", line)
+            if data[stop : stop + 2] != _CRLF:
+                _fail("CRLF after the payload", line)
+            reply = words[3] if len(words) > fewest else b""
+            events.append(_new(Msg, (sid, words[1], reply, data[body:text], data[text:stop])))
             start = stop + 2
         return start
-
-    def _control(self, verb: bytes, line: bytes) -> Event:
-        """Return the event of a line without a payload."""
-        signal = _SIGNALS.get(verb)
-        if signal is not None:
-            return signal
-        if verb == b"-ERR":
-            self.last_err = Err(line[4:].strip().strip(b"'").decode("utf-8", "replace"))
-            return self.last_err
-        if verb == b"INFO":
-            try:
-                return Info.from_json(line[4:])
-            except (ValueError, TypeError, RecursionError) as exc:
-                raise ProtocolError(f"expected JSON in INFO, got {_cut(line)!r} ({exc})") from exc
-        _fail(f"one of {', '.join(_KNOWN_VERBS)}", line)
-
-    def _size(self, word: bytes, words: list[bytes]) -> int:
-        if word.isdigit() and len(word) <= _MAX_DIGITS:
-            size = int(word)
-            if size <= self._max_message_bytes:
-                return size
-        _fail(f"a size from 0 to {self._max_message_bytes}", b" ".join(words))
-
-    def _may_be_a_line(self, line: bytes | bytearray) -> bool:
-        """Raise ProtocolError when *line*, which may lack its end, is too long for any."""
-        limit = MAX_INFO_BYTES if line.startswith(b"INFO") else MAX_LINE_BYTES
-        # One more: the last byte may be the first of CRLF.
-        if len(line) > limit + 1 or (len(line) > limit and line[-1:] != b"\r"):
-            _fail(f"a line of at most {limit} bytes", bytes(line[:64]))
-        return True
 
 
 Event: TypeAlias = Msg | Info | Err | Signal
@@ -282,11 +251,43 @@ _MESSAGE_WORDS: Final = {b"MSG": 4, b"HMSG": 5}
 
 _SIGNALS: Final = {signal.value.encode(): signal for signal in Signal}
 
-_KNOWN_VERBS: Final = ("MSG", "HMSG", "PING", "PONG", "+OK", "-ERR", "INFO")
+_VERBS: Final = ("MSG", "HMSG", "PING", "PONG", "+OK", "-ERR", "INFO")
 
 #: ``Msg(…)`` without the argument handling of NamedTuple's constructor: a tenth of the parser's
 #: time.
 _new: Final = tuple.__new__
+
+
+def _event(verb: bytes, line: bytes) -> Event:
+    """Return the event of a line that has no payload."""
+    signal = _SIGNALS.get(verb)
+    if signal is not None:
+        return signal
+    if verb == b"-ERR":
+        return Err(line[4:].strip().strip(b"'").decode("utf-8", "replace"))
+    if verb == b"INFO":
+        try:
+            return Info.from_json(line[4:])
+        except (ValueError, TypeError, RecursionError) as exc:
+            raise ProtocolError(f"expected JSON in INFO, got {_cut(line)!r} ({exc})") from exc
+    _fail(f"one of {', '.join(_VERBS)}", line)
+
+
+def _number(word: bytes, limit: int, line: bytes) -> int:
+    # `int` takes signs and underscores, and its time grows with the square of the digits.
+    if word.isdigit() and len(word) <= _MAX_DIGITS:
+        number = int(word)
+        if number <= limit:
+            return number
+    _fail(f"a number from 0 to {limit}", line)
+
+
+def _check_length(line: bytes | bytearray) -> None:
+    """Raise ProtocolError when *line*, which may lack its end, is too long for any."""
+    limit = MAX_INFO_BYTES if line.startswith(b"INFO") else MAX_LINE_BYTES
+    # One more may be the first byte of CRLF.
+    if len(line) > limit + line.endswith(b"\r"):
+        _fail(f"a line of at most {limit} bytes", bytes(line[:64]))
 
 
 def _fail(expected: str, line: bytes) -> NoReturn:

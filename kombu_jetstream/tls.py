@@ -134,7 +134,7 @@ def _key(key: object) -> str:
     name = name.removeprefix("ssl_")
     name = _ALIASES.get(name, name)
     if name not in _KEYS:
-        raise OptionsError.unknown("key of broker_use_ssl", key, _KEYS)
+        raise OptionsError.unknown("key", key, _KEYS, where=" of broker_use_ssl")
     return name
 
 

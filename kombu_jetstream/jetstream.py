@@ -1,0 +1,507 @@
+"""JetStream through one connection: its API, provisioning, queues, pulls and settling.
+
+The answers and configurations are `nats.js.api`'s dataclasses; the numbers are the server's
+``errors.json``.  Nanoseconds exist only here and in `topology`'s dataclasses.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from nats.js import api
+
+from . import deadletter, topology
+from .backend import Counts, Delivery, Outcome
+from .connection import NatsConnection
+from .deadletter import DeadLetter
+from .errors import (
+    ApiError,
+    ConnectionLost,
+    JetStreamTransportError,
+    JetStreamUnavailable,
+    NoResponders,
+    RequestTimeout,
+    TopologyMismatch,
+)
+from .options import Options
+from .protocol import Msg, status_code
+from .publishing import outcome_of
+from .pulls import IDLE_HEARTBEAT, PULL_EXPIRES
+from .topology import Difference, Level, Names
+
+if TYPE_CHECKING:
+    from .leases import Ledger
+
+__all__ = ["JetStream"]
+
+logger = logging.getLogger(__name__)
+
+#: Seconds one API request may take.
+API_TIMEOUT = 5.0
+
+#: Seconds to wait for a cluster that has no leader yet (about 3 s after boot, facts 11).
+SETTLE_TIME = 15.0
+
+# Codes of nats-server's errors.json.
+CLUSTER_NOT_AVAILABLE = 10008
+CONSUMER_NOT_FOUND = 10014
+NOT_ENABLED_FOR_ACCOUNT = 10039
+NOT_ENABLED = 10076
+STREAM_NOT_FOUND = 10059
+STREAM_NAME_EXIST = 10058
+STREAM_SUBJECT_OVERLAP = 10065
+
+#: Differences that `provision` "auto" mends, because an older server could not do it then.
+_UPGRADES = frozenset({"allow_msg_ttl", "allow_msg_schedules", "allow_direct"})
+#: Differences with which the transport's promises do not hold.
+_FATAL = frozenset({"subjects", "retention", "storage", "max_msgs_per_subject"})
+
+_SETTLE: dict[Outcome, bytes] = {
+    "ack": b"+ACK",
+    "nak": b"-NAK",
+    "term": b"+TERM",
+    "progress": b"+WPI",
+}
+
+_WAIT = b'{"batch":%%d,"expires":%d,"idle_heartbeat":%d}' % (PULL_EXPIRES * 1e9, IDLE_HEARTBEAT * 1e9)
+_NO_WAIT = b'{"batch":%d,"no_wait":true}'
+
+Answer: TypeAlias = "dict[str, Any] | JetStreamTransportError"
+
+
+class JetStream:
+    """JetStream as seen through one connection, for one namespace."""
+
+    def __init__(self, connection: NatsConnection, options: Options, ledger: Ledger) -> None:
+        self.connection = connection
+        self.options = options
+        self.ledger = ledger
+        self.names = Names(options.namespace)
+        self.levels = topology.levels(options)
+        domain = options.jetstream_domain
+        self._prefix = f"$JS.{domain}.API." if domain else "$JS.API."
+        self._provisioned = False
+        self._known_consumers: set[str] = set()
+        #: what the level streams can do, known after `provision`
+        self.has_schedules = False
+        self.has_ttl = False
+
+    # -- the API -----------------------------------------------------------------------------
+
+    def request(self, operation: str, body: Any = None) -> dict[str, Any]:
+        """Return the answer to one API request, or raise what its error means."""
+        return _unwrap(self.request_many([(operation, body)])[0])
+
+    def request_many(self, requests: Sequence[tuple[str, Any]]) -> list[Answer]:
+        """Return the answers to *requests*, sent together; an error stands where it came."""
+        deadline = time.monotonic() + SETTLE_TIME
+        delay = 0.1
+        while True:
+            answers = self._exchange(requests)
+            retry = any(
+                isinstance(answer, ApiError) and answer.err_code == CLUSTER_NOT_AVAILABLE
+                for answer in answers
+            )
+            if not retry or time.monotonic() > deadline:
+                return answers
+            # No leader yet: it will be elected, and asking at once would only keep it busy.
+            self.connection.wait(lambda: False, delay)
+            delay = min(delay * 2, 1.0)
+
+    def _exchange(self, requests: Sequence[tuple[str, Any]]) -> list[Answer]:
+        connection = self.connection
+        replies: dict[int, Msg] = {}
+        tokens = []
+        with connection.corked():
+            for index, (operation, body) in enumerate(requests):
+                tokens.append(
+                    connection.request_nowait(
+                        (self._prefix + operation).encode(),
+                        json.dumps(body).encode() if body is not None else b"",
+                        b"",
+                        lambda msg, index=index: replies.__setitem__(index, msg),
+                    )
+                )
+        try:
+            if not connection.wait(lambda: len(replies) == len(requests), API_TIMEOUT):
+                missing = next(i for i in range(len(requests)) if i not in replies)
+                raise RequestTimeout(self._prefix + requests[missing][0], API_TIMEOUT)
+        finally:
+            for token in tokens:
+                connection.cancel(token)
+        return [self._answer(requests[i][0], replies[i]) for i in range(len(requests))]
+
+    def _answer(self, operation: str, msg: Msg | Exception) -> Answer:
+        if isinstance(msg, JetStreamTransportError):
+            return msg
+        assert isinstance(msg, Msg)
+        if status_code(msg.headers) == 503:
+            if not self.connection.info.jetstream and not self.options.jetstream_domain:
+                return JetStreamUnavailable(self._where())
+            return NoResponders(self._prefix + operation)
+        answer: dict[str, Any] = json.loads(msg.payload)
+        error = answer.get("error")
+        if error is None:
+            return answer
+        code, err_code = error.get("code", 0), error.get("err_code", 0)
+        if err_code in (NOT_ENABLED_FOR_ACCOUNT, NOT_ENABLED):
+            return JetStreamUnavailable(self._where(), error.get("description", ""))
+        return ApiError(code, err_code, error.get("description", ""))
+
+    def _where(self) -> str:
+        return str(self.connection.server)
+
+    # -- streams -----------------------------------------------------------------------------
+
+    def provision(self) -> None:
+        """Make sure of the streams as the option ``provision`` says; cheap after the first time.
+
+        Raises `TopologyMismatch` if one exists with settings this transport cannot work with, or,
+        for "verify", with any other setting than expected; `JetStreamUnavailable` without
+        JetStream.
+        """
+        if self._provisioned:
+            return
+        api_level = self.connection.info.api_level
+        if self.options.provision == "off":
+            self.has_ttl = api_level >= topology.API_LEVEL_TTL
+            self.has_schedules = api_level >= topology.API_LEVEL_SCHEDULES
+            self._provisioned = True
+            return
+        expected = self.expected_streams()
+        found = self._stream_configs([str(config.name) for config in expected])
+        for config in expected:
+            self._provision_stream(config, found.get(str(config.name)))
+        self._provisioned = True
+
+    def expected_streams(self) -> list[api.StreamConfig]:
+        """Return the configurations `provision` wants, for this server."""
+        level = self.connection.info.api_level
+        return [
+            *(topology.level_stream(self.options, name, level) for name in self.levels),
+            topology.dead_letter_stream(self.options, level),
+            topology.registry_stream(self.options, level),
+        ]
+
+    def _stream_configs(self, stream_names: list[str]) -> dict[str, api.StreamConfig]:
+        answers = self.request_many([(f"STREAM.INFO.{name}", None) for name in stream_names])
+        found = {}
+        for name, answer in zip(stream_names, answers, strict=True):
+            if isinstance(answer, ApiError) and answer.err_code == STREAM_NOT_FOUND:
+                continue
+            found[name] = api.StreamConfig.from_response(_unwrap(answer)["config"])
+        return found
+
+    def _provision_stream(
+        self, expected: api.StreamConfig, found: api.StreamConfig | None
+    ) -> None:
+        name = str(expected.name)
+        if found is None:
+            if self.options.provision == "verify":
+                raise TopologyMismatch(f"stream {name!r}", [("existence", "missing", "present")])
+            found = self._create_stream(expected)
+        differences = topology.differences(found, expected)
+        if differences and self.options.provision == "auto":
+            differences = self._mend(found, expected, differences)
+        fatal = [
+            difference
+            for difference in differences
+            if self.options.provision == "verify" or difference.field in _FATAL
+        ]
+        if fatal:
+            raise TopologyMismatch(
+                f"stream {name!r}", [(d.field, d.found, d.expected) for d in fatal]
+            )
+        for difference in differences:
+            logger.warning(
+                "stream %r has %s %r, the options say %r; "
+                "`celery jetstream provision` shows and applies the difference",
+                name,
+                difference.field,
+                difference.found,
+                difference.expected,
+            )
+        if name == self.names.stream("medium"):
+            self.has_ttl = bool(found.allow_msg_ttl)
+            self.has_schedules = bool(found.allow_msg_schedules)
+
+    def _create_stream(self, config: api.StreamConfig) -> api.StreamConfig:
+        try:
+            answer = self.request(f"STREAM.CREATE.{config.name}", config.as_dict())
+        except ApiError as exc:
+            if exc.err_code == STREAM_NAME_EXIST:  # somebody else was faster, with other options
+                answer = self.request(f"STREAM.INFO.{config.name}")
+            elif exc.err_code == STREAM_SUBJECT_OVERLAP:
+                raise TopologyMismatch(
+                    f"stream {config.name!r} cannot be made, as another stream",
+                    [("subjects", "the same", config.subjects)],
+                ) from exc
+            else:
+                raise
+        else:
+            logger.info("created stream %r", config.name)
+        return api.StreamConfig.from_response(answer["config"])
+
+    def _mend(
+        self, found: api.StreamConfig, expected: api.StreamConfig, differences: list[Difference]
+    ) -> list[Difference]:
+        """Switch on what the server could not do when the stream was made."""
+        upgrades = {d.field: d.expected for d in differences if d.field in _UPGRADES}
+        if not upgrades:
+            return differences
+        answer = self.request(
+            f"STREAM.UPDATE.{found.name}", found.evolve(**upgrades).as_dict()
+        )
+        for field, value in upgrades.items():
+            setattr(found, field, value)
+        logger.info("updated stream %r: %s", found.name, ", ".join(upgrades))
+        return topology.differences(
+            api.StreamConfig.from_response(answer["config"]), expected
+        )
+
+    # -- queues ------------------------------------------------------------------------------
+
+    def queue_levels(self, auto_delete: bool) -> tuple[Level, ...]:
+        """Return the levels a queue has: auto-delete queues carry replies, one is enough."""
+        return ("medium",) if auto_delete else self.levels
+
+    def ensure_queue(self, queue_name: str, *, auto_delete: bool = False) -> Counts:
+        """Make sure of the consumers of a durable queue and return what is in it.
+
+        With ``provision`` "off" nothing is asked and the counts are 0.
+        """
+        self.provision()
+        if self.options.provision == "off":
+            return Counts(0, 0)
+        levels = self.queue_levels(auto_delete)
+        infos = self._consumer_infos(queue_name, levels)
+        for level in levels:
+            infos[level] = self._ensure_consumer(queue_name, level, infos[level], auto_delete)
+        return _counts(infos.values())
+
+    def _ensure_consumer(
+        self, queue_name: str, level: Level, info: api.ConsumerInfo | None, auto_delete: bool
+    ) -> api.ConsumerInfo:
+        expected = topology.consumer_config(
+            self.options, level, queue_name, auto_delete=auto_delete
+        )
+        if info is None:
+            if self.options.provision == "verify":
+                raise TopologyMismatch(
+                    f"consumer {expected.name!r} of stream {self.names.stream(level)!r}",
+                    [("existence", "missing", "present")],
+                )
+            return self._write_consumer(level, expected)
+        assert info.config is not None
+        differences = topology.differences(info.config, expected)
+        if not differences:
+            return info
+        if self.options.provision == "verify" or any(
+            difference.field != "ack_wait" for difference in differences
+        ):
+            raise TopologyMismatch(
+                f"consumer {expected.name!r} of stream {self.names.stream(level)!r}",
+                [(d.field, d.found, d.expected) for d in differences],
+            )
+        # visibility_timeout was changed.  Start from what is there: a pause must survive.
+        return self._write_consumer(level, info.config.evolve(ack_wait=expected.ack_wait))
+
+    def _write_consumer(self, level: Level, config: api.ConsumerConfig) -> api.ConsumerInfo:
+        stream = self.names.stream(level)
+        answer = self.request(
+            f"CONSUMER.CREATE.{stream}.{config.name}.{config.filter_subject}",
+            {"stream_name": stream, "config": config.as_dict()},
+        )
+        return api.ConsumerInfo.from_response(answer)
+
+    def _consumer_infos(
+        self, queue_name: str, levels: Sequence[Level]
+    ) -> dict[Level, api.ConsumerInfo | None]:
+        token = topology.queue_token(queue_name)
+        answers = self.request_many(
+            [(f"CONSUMER.INFO.{self.names.stream(level)}.{token}", None) for level in levels]
+        )
+        infos: dict[Level, api.ConsumerInfo | None] = {}
+        for level, answer in zip(levels, answers, strict=True):
+            if isinstance(answer, ApiError) and answer.err_code in (
+                CONSUMER_NOT_FOUND,
+                STREAM_NOT_FOUND,
+            ):
+                infos[level] = None
+            else:
+                infos[level] = api.ConsumerInfo.from_response(_unwrap(answer))
+        return infos
+
+    def direct_get(self, stream_name: str) -> bytes:
+        """Return the subject that reads messages of a stream, open to restricted users, too."""
+        return f"{self._prefix}DIRECT.GET.{stream_name}".encode()
+
+    def counts(self, queue_name: str, *, auto_delete: bool = False) -> Counts | None:
+        """Return what is in a queue, or None if it has no consumers."""
+        infos = self._consumer_infos(queue_name, self.queue_levels(auto_delete)).values()
+        return _counts(infos) if any(infos) else None
+
+    def purge(self, queue_name: str, *, auto_delete: bool = False) -> int:
+        """Remove the messages of a queue that nobody holds, and return their number.
+
+        Messages in flight stay, as in AMQP: were they purged, a worker that dies would lose its
+        task.  The server can only purge both, so while something is in flight the ready messages
+        are pulled and acknowledged.  Delayed messages stay, too: they are in no queue yet.
+        """
+        removed = 0
+        for level in self.queue_levels(auto_delete):
+            info = self._consumer_infos(queue_name, [level])[level]
+            if info is not None and info.num_ack_pending:
+                removed += self._discard(queue_name, level)
+                continue
+            answer = self.request(
+                f"STREAM.PURGE.{self.names.stream(level)}",
+                {"filter": self.names.subject(level, queue_name)},
+            )
+            removed += int(answer["purged"])
+        return removed
+
+    def _discard(self, queue_name: str, level: Level) -> int:
+        """Pull what is ready in one queue and level, acknowledge it, and return the number."""
+        connection = self.connection
+        inbox = connection.new_inbox()
+        subject = self.pull_subject(queue_name, level)
+        removed = 0
+        ended = False
+
+        def arrived(msg: Msg) -> None:
+            nonlocal removed, ended
+            if msg.reply:
+                connection.publish(msg.reply, b"+ACK")
+                removed += 1
+            else:
+                ended = True
+
+        sid = connection.subscribe(inbox, arrived)
+        try:
+            while True:
+                ended, before = False, removed
+                self.pull(subject, 1000, False, inbox)
+                if not connection.wait(
+                    lambda before=before: ended or removed - before == 1000, API_TIMEOUT
+                ):
+                    raise RequestTimeout(subject.decode(), API_TIMEOUT)
+                if ended:
+                    return removed
+        finally:
+            connection.unsubscribe(sid)
+
+    def delete_queue(self, queue_name: str, *, auto_delete: bool = False) -> None:
+        """Remove a queue's messages and consumers; one that is gone already is no error."""
+        for level in self.queue_levels(auto_delete):
+            self.request(
+                f"STREAM.PURGE.{self.names.stream(level)}",
+                {"filter": self.names.subject(level, queue_name)},
+            )
+        token = topology.queue_token(queue_name)
+        answers = self.request_many(
+            [
+                (f"CONSUMER.DELETE.{self.names.stream(level)}.{token}", None)
+                for level in self.queue_levels(auto_delete)
+            ]
+        )
+        for answer in answers:
+            if not (isinstance(answer, ApiError) and answer.err_code == CONSUMER_NOT_FOUND):
+                _unwrap(answer)
+
+    # -- pulls and settling ------------------------------------------------------------------
+
+    def pull_subject(self, queue_name: str, level: Level) -> bytes:
+        """Return the subject to which pulls of one queue and level go."""
+        stream, token = self.names.stream(level), topology.queue_token(queue_name)
+        return f"{self._prefix}CONSUMER.MSG.NEXT.{stream}.{token}".encode()
+
+    def consumer_key(self, queue_name: str, level: Level) -> bytes:
+        """Return what `parse_reply` will say of deliveries of one queue and level."""
+        return f"{self.names.stream(level)}.{topology.queue_token(queue_name)}".encode()
+
+    def pull(self, subject: bytes, batch: int, wait: bool, reply: bytes) -> None:
+        """Ask for *batch* messages: those there are, or *wait* on the server for them."""
+        self.connection.publish(subject, (_WAIT if wait else _NO_WAIT) % batch, reply)
+
+    def settle(self, delivery: Delivery, outcome: Outcome, delay: float | None = None) -> None:
+        """Tell the server what became of *delivery*, through this or a later connection.
+
+        Never raises for a lost connection: the ledger sends the outcome when there is one again.
+        """
+        payload = _SETTLE[outcome]
+        if delay:
+            payload += b' {"delay":%d}' % (delay * 1e9)
+        if outcome == "ack" and self.options.ack_confirm:
+            self._confirmed(delivery.token, payload)
+            return
+        try:
+            self.connection.publish(delivery.token, payload)
+        except ConnectionLost:
+            if outcome != "progress":
+                self.ledger.forward(delivery.token, payload)
+        else:
+            if outcome == "ack":
+                self.ledger.note_ack(delivery.token)
+
+    def _confirmed(self, token: bytes, payload: bytes) -> None:
+        try:
+            self.connection.request(token, payload, timeout=API_TIMEOUT)
+        except (ConnectionLost, NoResponders):
+            self.ledger.forward(token, payload)
+
+    def dead_letter(
+        self, delivery: Delivery, letter: DeadLetter, then: Callable[[bool], None]
+    ) -> None:
+        """Write one dead letter; *then* is called with whether the stream confirmed it.
+
+        The id names this death of this message, so that writing it again after a crash between
+        the write and the settle stores it once.
+        """
+
+        def confirmed(answer: Msg | JetStreamTransportError) -> None:
+            then(isinstance(answer, Msg) and outcome_of(subject, answer) is None)
+
+        subject = self.names.dead_letter_subject(letter.queue).encode()
+        words = delivery.token.split(b".")
+        at = 2 if len(words) == 9 else 4
+        death = f"dead.{words[at].decode()}.{words[at + 3].decode()}.{words[at + 5].decode()}"
+        room = self.connection.max_payload - len(delivery.payload)
+        headers = deadletter.headers_of(letter, death, room)
+        self.connection.request_nowait(subject, delivery.payload, headers, confirmed)
+
+
+def parse_reply(reply: bytes) -> tuple[bytes, int, int, float]:
+    """Return consumer key, attempt, messages left and time stored of a delivery's reply subject.
+
+    ``$JS.ACK.<stream>.<consumer>.<delivered>.<stream seq>.<consumer seq>.<stored ns>.<pending>``,
+    with ``<domain>.<account hash>`` before the stream and a random token at the end in the newer
+    form (ADR-15).
+    """
+    words = reply.split(b".")
+    at = 2 if len(words) == 9 else 4
+    return (
+        words[at] + b"." + words[at + 1],
+        int(words[at + 2]),
+        int(words[at + 6]),
+        int(words[at + 5]) / 1e9,
+    )
+
+
+def _counts(infos: Iterable[api.ConsumerInfo | None]) -> Counts:
+    present = [info for info in infos if info is not None]
+    return Counts(
+        ready=sum(info.num_pending or 0 for info in present),
+        in_flight=sum(info.num_ack_pending or 0 for info in present),
+        waiting_pulls=sum(info.num_waiting or 0 for info in present),
+    )
+
+
+def _unwrap(answer: Answer) -> dict[str, Any]:
+    if isinstance(answer, JetStreamTransportError):
+        raise answer
+    return answer

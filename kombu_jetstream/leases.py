@@ -1,0 +1,284 @@
+"""Leases: held deliveries stay ours while this process lives, and outlive their connection.
+
+The server redelivers what is not settled within ``visibility_timeout``.  One daemon thread (a
+greenlet under gevent) sends ``+WPI`` for every held delivery each third of it, buffered ones too,
+so that a task may run for hours and may block the main thread.
+
+An acknowledgement is a message to a ``$JS.ACK`` subject and may come from any connection.  So when
+a connection is lost, its deliveries become *orphans*: the application may still hold the message
+(a running task) and settle it later, through the next connection; a message object nobody holds
+any more can never be settled, so it is handed back at once.  Acknowledgements sent shortly before
+the loss may not have arrived and are sent again, which is harmless.
+
+The ledger belongs to the process, because kombu throws connections away; a forked child starts
+with an empty one.  `due` is the rule, without I/O or clock; the rest is the thread around it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from .backend import Delivery
+from .errors import ConnectionLost, JetStreamTransportError
+from .options import Options
+
+if TYPE_CHECKING:
+    from .jetstream import JetStream
+    from .publishing import Unconfirmed
+    from .qos import QoS
+
+__all__ = ["Ledger", "due", "ledger_of"]
+
+logger = logging.getLogger(__name__)
+
+#: Leases are extended this often per ``visibility_timeout``.
+BEATS_PER_LEASE = 3
+
+#: Seconds between looks at orphans, whose message objects may vanish at any time.
+ORPHAN_INTERVAL = 0.2
+
+#: Seconds between looks at idle connections, whose server expects its PINGs answered.
+IDLE_INTERVAL = 10.0
+
+#: Acknowledgements remembered, and seconds for which, in case they did not arrive.
+REMEMBERED_ACKS = 4096
+REMEMBERED_SECONDS = 30.0
+
+
+def due(
+    deliveries: Iterable[Delivery], now: float, visibility_timeout: float, limit: float | None
+) -> list[Delivery]:
+    """Return the deliveries whose lease must be extended at this beat.
+
+    Those leased less than half a beat ago can wait for the next one.  *limit* (``lease_limit``,
+    seconds) ends the extensions: a task that is stuck moves on.
+    """
+    recent = now - visibility_timeout / BEATS_PER_LEASE / 2
+    return [
+        delivery
+        for delivery in deliveries
+        if not delivery.settled
+        and delivery.leased_at <= recent
+        and (limit is None or now - delivery.received_at < limit)
+    ]
+
+
+class Ledger:
+    """What this process holds of one broker, and the thread that keeps it."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.pid = os.getpid()
+        #: connections that may carry an outcome, the newest last
+        self._links: list[weakref.ref[JetStream]] = []
+        self._holders: weakref.WeakSet[QoS] = weakref.WeakSet()
+        self._orphans: dict[bytes, Delivery] = {}
+        #: outcomes that wait for a connection
+        self._unsent: deque[tuple[bytes, bytes]] = deque()
+        #: pipelined messages whose confirm did not come before the connection was lost
+        self._unconfirmed: list[Unconfirmed] = []
+        self._acks: deque[tuple[float, bytes]] = deque(maxlen=REMEMBERED_ACKS)
+        self._lock = threading.RLock()
+        self._wake = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    # -- what the connections and channels tell ------------------------------------------------
+
+    def attach(self, link: JetStream) -> None:
+        """Take a new connection: send through it what waits, and look after its deliveries."""
+        with self._lock:
+            self._links.append(weakref.ref(link))
+        self._settle_orphans(time.monotonic(), fresh=True)
+        self._start()
+
+    def detach(self, link: JetStream, *, lost: bool) -> None:
+        """Forget a connection.  *lost*: its last acknowledgements may not have arrived."""
+        with self._lock:
+            self._links = [ref for ref in self._links if ref() not in (link, None)]
+            if lost:
+                since = time.monotonic() - REMEMBERED_SECONDS
+                self._unsent.extend((token, b"+ACK") for at, token in self._acks if at > since)
+                self._acks.clear()
+
+    def hold(self, holder: QoS) -> None:
+        """Extend the leases of what *holder* holds, as long as it exists."""
+        self._holders.add(holder)
+
+    def release(self, holder: QoS) -> None:
+        self._holders.discard(holder)
+
+    def adopt(self, deliveries: Iterable[Delivery]) -> None:
+        """Take over the deliveries of a lost connection."""
+        with self._lock:
+            for delivery in deliveries:
+                if not delivery.settled:
+                    self._orphans[delivery.token] = delivery
+        self._wake.set()
+
+    def keep_unconfirmed(self, messages: list[Unconfirmed]) -> None:
+        """Keep pipelined messages of a lost connection for the next one to send again."""
+        with self._lock:
+            self._unconfirmed.extend(messages)
+
+    def take_unconfirmed(self) -> list[Unconfirmed]:
+        with self._lock:
+            messages, self._unconfirmed = self._unconfirmed, []
+        return messages
+
+    def note_ack(self, token: bytes) -> None:
+        self._acks.append((time.monotonic(), token))
+
+    def forward(self, token: bytes, payload: bytes) -> None:
+        """Send an outcome through any live connection, now or when there is one again."""
+        with self._lock:
+            self._orphans.pop(token, None)
+            self._unsent.append((token, payload))
+        self._flush()
+
+    # -- the beat ------------------------------------------------------------------------------
+
+    def beat(self, now: float) -> None:
+        """Extend every lease that is due; called by the thread, and by tests."""
+        self._settle_orphans(now)
+        options = self.options
+        for holder in list(self._holders):
+            deliveries = due(
+                holder.deliveries(), now, options.visibility_timeout, options.lease_limit
+            )
+            for delivery in deliveries:
+                delivery.leased_at = now
+                delivery.settler.settle(delivery, "progress")
+
+    def _settle_orphans(self, now: float, *, fresh: bool = False) -> None:
+        """Hand back orphans nobody holds, extend the others; with a *fresh* connection at once."""
+        with self._lock:
+            if not self._orphans and not self._unsent:
+                return
+            for token, delivery in list(self._orphans.items()):
+                if delivery.settled:
+                    del self._orphans[token]
+                elif delivery.message is None or delivery.message() is None:
+                    del self._orphans[token]
+                    self._unsent.append((token, b"-NAK"))
+            extend = due(
+                self._orphans.values(),
+                now + (self.options.visibility_timeout if fresh else 0),
+                self.options.visibility_timeout,
+                self.options.lease_limit,
+            )
+        link = self._live_link()
+        if link is None:
+            return
+        try:
+            with link.connection.corked():
+                for delivery in extend:
+                    link.connection.publish(delivery.token, b"+WPI")
+                    delivery.leased_at = now
+        except ConnectionLost:
+            return
+        self._flush()
+
+    def _flush(self) -> None:
+        """Send the outcomes that wait, if there is a connection."""
+        link = self._live_link()
+        if link is None:
+            return
+        with self._lock:
+            try:
+                with link.connection.corked():
+                    while self._unsent:
+                        token, payload = self._unsent[0]
+                        link.connection.publish(token, payload)
+                        self._unsent.popleft()
+            except ConnectionLost:
+                logger.debug("lost the connection with %d outcomes unsent", len(self._unsent))
+
+    def _live_link(self) -> JetStream | None:
+        with self._lock:
+            for ref in reversed(self._links):
+                link = ref()
+                if link is not None and link.connection.is_open:
+                    return link
+        return None
+
+    # -- the thread ----------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        if self._thread is None or not self._thread.is_alive():
+            self._thread = threading.Thread(
+                target=self._run, name="kombu-jetstream-leases", daemon=True
+            )
+            self._thread.start()
+
+    def _run(self) -> None:
+        beat_interval = self.options.visibility_timeout / BEATS_PER_LEASE
+        next_beat = time.monotonic() + beat_interval
+        next_idle = time.monotonic() + IDLE_INTERVAL
+        while True:
+            now = time.monotonic()
+            wait = min(next_beat, next_idle) - now
+            if self._orphans or self._unsent:
+                wait = min(wait, ORPHAN_INTERVAL)
+            self._wake.wait(max(wait, 0.0))
+            self._wake.clear()
+            now = time.monotonic()
+            try:
+                if now >= next_beat:
+                    next_beat = now + beat_interval
+                    self.beat(now)
+                else:
+                    self._settle_orphans(now)
+                if now >= next_idle:
+                    next_idle = now + IDLE_INTERVAL
+                    self._serve_idle(now)
+            except JetStreamTransportError as exc:
+                logger.debug("leases: %s", exc)
+            except Exception:
+                logger.exception("leases: a beat failed, the next one tries again")
+            if self._is_over():
+                return
+
+    def _serve_idle(self, now: float) -> None:
+        """Answer the PINGs of connections whose owner is busy or idle."""
+        for ref in list(self._links):
+            link = ref()
+            if link is None or not link.connection.is_open:
+                continue
+            try:
+                link.connection.keepalive(now)
+            except JetStreamTransportError as exc:
+                logger.debug("an idle connection was lost: %s", exc)
+
+    def _is_over(self) -> bool:
+        """End the thread when nothing is connected and nothing is held."""
+        with self._lock:
+            self._links = [ref for ref in self._links if ref() is not None]
+            if self._links or self._orphans or self._unsent:
+                return False
+            self._thread = None
+            return True
+
+
+#: One ledger per broker and process.  It cannot hang on a kombu connection, which is thrown away
+#: at each reconnect, nor on a transport, for the same reason.
+_ledgers: dict[tuple[int, Options], Ledger] = {}
+_ledgers_lock = threading.Lock()
+
+
+def ledger_of(options: Options) -> Ledger:
+    """Return this process's ledger for the broker *options* names."""
+    key = os.getpid(), options
+    with _ledgers_lock:
+        ledger = _ledgers.get(key)
+        if ledger is None:
+            for other in [other for other in _ledgers if other[0] != key[0]]:
+                del _ledgers[other]  # inherited through a fork; the parent looks after it
+            ledger = _ledgers[key] = Ledger(options)
+        return ledger

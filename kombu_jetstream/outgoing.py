@@ -1,0 +1,203 @@
+"""From a kombu message to what is written: where, when, and under which id.
+
+A message goes to every durable queue its exchange and routing key reach, one confirmed write each,
+and once to the subject that transient queues listen to.  Its id is made with the message, before
+the first try, so that kombu's own retries carry the same one.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+from kombu.utils.uuid import uuid
+
+from . import envelope
+from .arguments import QueueArguments
+from .delays import due_time, schedule_header, ttl_header, ttl_of
+from .protocol import encode_headers
+from .routing import key_subject
+from .topology import Level, encode_token, level_of
+
+if TYPE_CHECKING:
+    from .session import Session
+
+__all__ = ["Outgoing"]
+
+#: Message header with the caller's own message id: one message per id within ``dedup_window``.
+DEDUP_HEADER = "dedup_id"
+
+
+class _MessageIds:
+    """Unique ids, cheaper than a UUID each: a random prefix and a counter.
+
+    A forked child takes a prefix of its own.
+    """
+
+    def __init__(self) -> None:
+        self._pid = 0
+        self._prefix = ""
+        self._count = count()
+
+    def __next__(self) -> str:
+        if self._pid != os.getpid():
+            self._pid = os.getpid()
+            self._prefix = uuid().replace("-", "")
+            self._count = count()
+        return f"{self._prefix}-{next(self._count):x}"
+
+
+class Outgoing:
+    """Publishes the messages of one channel."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._options = session.options
+        self._ids = _MessageIds()
+        self._pipelined = session.options.publish_confirms == "pipelined"
+        #: subjects by queue and level; as many as there are queues
+        self._subjects: dict[tuple[str, Level], bytes] = {}
+
+    def prepare(
+        self,
+        body: Any,
+        priority: int | None,
+        content_type: str | None,
+        content_encoding: str | None,
+        headers: dict[str, Any] | None,
+        properties: dict[str, Any] | None,
+    ) -> envelope.Envelope:
+        """Return the envelope of a message; see `Channel.prepare_message`."""
+        properties = properties if properties is not None else {}
+        # kombu passes the same dictionary again when it retries, so the id stays.
+        if "delivery_tag" not in properties:
+            properties["delivery_tag"] = next(self._ids)
+        properties.setdefault("priority", priority or 0)
+        text, properties["body_encoding"] = envelope.encode_body(body, content_encoding)
+        return {
+            "body": text,
+            "content-encoding": content_encoding,
+            "content-type": content_type,
+            "headers": headers if headers is not None else {},
+            "properties": properties,
+        }
+
+    def publish(
+        self,
+        message: envelope.Envelope,
+        exchange: str,
+        routing_key: str,
+        mandatory: bool,
+        timeout: float | None,
+    ) -> bool:
+        """Write *message* wherever it goes; return False if *mandatory* and nobody takes it."""
+        properties = message["properties"]
+        properties["delivery_info"] = {"exchange": exchange, "routing_key": routing_key}
+        payload = envelope.encode(message)
+        queues = self._session.durable_routes(exchange, routing_key)
+        for queue in queues:
+            self._store(queue, message, payload, len(queues) > 1, timeout)
+        if exchange:
+            subject = self._session.jetstream.names.exchange(exchange, key_subject(routing_key))
+        elif not queues:
+            subject = self._session.jetstream.names.transient_queue(routing_key)
+        else:
+            return True
+        if mandatory and not queues:
+            return self._heard(subject.encode(), payload)
+        self._session.nats.publish(subject.encode(), payload)
+        return True
+
+    def forward(self, message: envelope.Envelope, exchange: str, routing_key: str) -> None:
+        """Publish a received message again, to another exchange, as a message of its own."""
+        again = dict(message, properties=dict(message["properties"], delivery_tag=next(self._ids)))
+        self.publish(again, exchange, routing_key, False, None)
+
+    def _heard(self, subject: bytes, payload: bytes) -> bool:
+        """Publish to transient queues and tell whether there was one.
+
+        The server answers "no responders" when there is none, and before it answers a PING.
+        """
+        answers: list[Any] = []
+        nats = self._session.nats
+        token = nats.request_nowait(subject, payload, b"", answers.append)
+        try:
+            nats.round_trip(self._options.publish_timeout)
+        finally:
+            nats.cancel(token)
+        return not answers
+
+    def _store(
+        self,
+        queue: str,
+        message: envelope.Envelope,
+        payload: bytes,
+        several: bool,
+        timeout: float | None,
+    ) -> None:
+        session = self._session
+        record = session.registry.queues[queue]
+        properties, headers = message["properties"], message["headers"]
+        level: Level = "medium"
+        if not record.auto_delete:
+            level = level_of(properties.get("priority"), self._options)
+        message_id = self._message_id(properties, headers)
+        if several:  # a stream knows an id once, whatever the subject
+            message_id = f"{message_id}.{encode_token(queue)}"
+        subject = self._subjects.get((queue, level))
+        if subject is None:
+            subject = session.jetstream.names.subject(level, queue).encode()
+            self._subjects[queue, level] = subject
+        fields = list(envelope.headers_of(message_id, message))
+        if record.arguments or "expiration" in properties or "eta" in headers or (
+            "DelaySeconds" in properties
+        ):
+            subject = self._timed(subject, fields, queue, level, message, message_id)
+        write = session.publisher.pipeline if self._pipelined else session.publisher.publish
+        write(subject, payload, encode_headers(fields), timeout)
+
+    def _message_id(self, properties: dict[str, Any], headers: dict[str, Any]) -> str:
+        own = headers.get(DEDUP_HEADER)
+        if own is None:
+            return str(properties["delivery_tag"])
+        # A retry of the task and a replay carry the header along, but are not the same message.
+        tries = (headers.get("retries") or 0, headers.get("jetstream_replayed") or 0)
+        return str(own) if tries == (0, 0) else f"{own}.{tries[0]}.{tries[1]}"
+
+    def _timed(
+        self,
+        subject: bytes,
+        fields: list[tuple[str, str]],
+        queue: str,
+        level: Level,
+        message: envelope.Envelope,
+        message_id: str,
+    ) -> bytes:
+        """Add what the server is to know of time; return the subject, the delayed one maybe."""
+        session = self._session
+        now = time.time()
+        properties, headers = message["properties"], message["headers"]
+        arguments = QueueArguments.parse(queue, session.registry.queues[queue].arguments)
+        ttl = ttl_of(properties, arguments.message_ttl)
+        due = due_time(headers, properties, now)
+        if due is None or due - now <= self._options.delay_threshold:
+            due = None
+        elif not session.jetstream.has_schedules:
+            session.degraded("schedules")
+            due = None
+        if ttl is not None and not session.jetstream.has_ttl:
+            session.degraded("message TTL")
+            ttl = None
+        if due is None:
+            if ttl is not None:
+                fields.append(("Nats-TTL", ttl_header(ttl)))
+            return subject
+        fields.append(("Nats-Schedule", schedule_header(due)))
+        fields.append(("Nats-Schedule-Target", subject.decode()))
+        if ttl is not None:
+            fields.append(("Nats-Schedule-TTL", ttl_header(ttl - (due - now))))
+        task_id = str(headers.get("id") or "")
+        return session.jetstream.names.delay_subject(level, queue, task_id, message_id).encode()
+

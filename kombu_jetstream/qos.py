@@ -1,0 +1,58 @@
+"""What a channel holds: deliveries by AMQP tag, and the prefetch limit."""
+
+from __future__ import annotations
+
+from itertools import count
+
+from .backend import Delivery
+from .errors import PreconditionFailed
+from .pulls import Pulls
+
+__all__ = ["QoS"]
+
+
+class QoS:
+    """Held deliveries of one channel.
+
+    A delivery is held from its arrival until it is settled, whether the application has seen it
+    or it waits in a buffer; the prefetch limit and the leases cover both.
+    """
+
+    def __init__(self, pulls: Pulls) -> None:
+        self.prefetch_count = 0
+        self._pulls = pulls
+        self._held: dict[int, Delivery] = {}
+        self._tags = count(1)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def set_prefetch_count(self, prefetch_count: int) -> None:
+        self.prefetch_count = prefetch_count or 0
+        self._pulls.set_limit(self.prefetch_count)
+
+    def can_consume(self) -> bool:
+        """Tell whether another delivery may be handed out."""
+        return not self.prefetch_count or len(self._held) < self.prefetch_count
+
+    def hold(self, delivery: Delivery) -> None:
+        """Hold *delivery* and give it a tag."""
+        tag = delivery.tag = next(self._tags)
+        self._held[tag] = delivery
+
+    def release(self, tag: int) -> Delivery:
+        """Hold it no longer.  Raises `PreconditionFailed` for an unknown tag, as AMQP does."""
+        try:
+            delivery = self._held.pop(tag)
+        except KeyError:
+            raise PreconditionFailed(f"unknown delivery tag {tag!r}") from None
+        self._pulls.settled()
+        return delivery
+
+    def up_to(self, tag: int) -> list[int]:
+        """Return the held tags up to and including *tag*; 0 means all (AMQP's ``multiple``)."""
+        return [held for held in self._held if held <= tag or not tag]
+
+    def deliveries(self) -> list[Delivery]:
+        """Return what is held; callable from another thread."""
+        return list(self._held.copy().values())

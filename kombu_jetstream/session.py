@@ -1,0 +1,385 @@
+"""One connection to the broker, as kombu sees it: what `Transport.establish_connection` returns.
+
+A session owns the NATS connection and all that hangs on it: JetStream, the registry, the publisher,
+the transient queues and the channels.  It reads the socket and lets the channels hand on what
+arrived, one message per `drain_events` for blocking callers, all of them per tick in an event loop.
+
+A lost session never comes back (kombu makes a new one); what it held goes to the ledger.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from .connection import ConnectionSettings, Credentials, NatsConnection, Server
+from .errors import (
+    ApiError,
+    ConnectionLost,
+    JetStreamTransportError,
+    JetStreamUnavailable,
+    QueueMissing,
+)
+from .jetstream import STREAM_NOT_FOUND, JetStream
+from .leases import ledger_of
+from .publishing import Publisher
+from .registry import Registry
+from .transient import TransientQueue
+
+if TYPE_CHECKING:
+    from ssl import SSLContext
+
+    import kombu
+
+    from .channel import Channel
+    from .options import Options
+
+__all__ = ["Session", "connection_settings"]
+
+logger = logging.getLogger(__name__)
+
+#: Seconds between looks at what needs no message to happen: silent pulls, retries, PINGs.
+TICK = 1.0
+
+#: Deliveries handed on in one tick of an event loop, so that nothing else starves.
+MAX_PER_TICK = 256
+
+#: Seconds within which a route that is not found is not looked for twice by a round trip.
+ROUTE_RECHECK = 1.0
+
+
+def connection_settings(
+    options: Options, tls: SSLContext | None, tls_name: str | None, connect_timeout: float | None
+) -> ConnectionSettings:
+    """Return the settings of the NATS connection that *options* describe."""
+    return ConnectionSettings(
+        servers=tuple(Server(host, port) for host, port in options.servers),
+        credentials=Credentials(
+            user=options.user,
+            password=options.password,
+            token=options.token,
+            nkey_seed_file=options.nkey_seed_file,
+            credentials_file=options.credentials_file,
+        ),
+        tls=tls,
+        tls_hostname=tls_name,
+        tls_handshake_first=options.tls_handshake_first,
+        connect_timeout=connect_timeout or ConnectionSettings.connect_timeout,
+        ping_interval=options.ping_interval,
+        inbox_prefix=options.inbox_prefix,
+        name="kombu_jetstream",
+    )
+
+
+class Session:
+    """A live broker connection."""
+
+    def __init__(
+        self, client: kombu.Connection, options: Options, settings: ConnectionSettings
+    ) -> None:
+        self.client = client
+        self.options = options
+        #: held while state shared by the reading and another thread changes
+        self.lock = threading.RLock()
+        self.channels: list[Channel] = []
+        self.transient: dict[str, TransientQueue] = {}
+        self.nats = NatsConnection(settings)
+        self.nats.connect()
+        self.ledger = ledger_of(options)
+        self.jetstream = JetStream(self.nats, options, self.ledger)
+        self.publisher = Publisher(self.nats, options, self._stream_missing)
+        self.registry = Registry(self.jetstream, self.publisher)
+        self._loop: Any = None
+        self._scheduled = False
+        self._closed = False
+        self._dispatching = False
+        self._ready_transient: dict[str, TransientQueue] = {}
+        self._route_checked = float("-inf")
+        self._next_tick = time.monotonic() + TICK
+        self.ledger.attach(self.jetstream)
+        if options.publish_confirms == "pipelined":
+            self.publisher.resend(self.ledger.take_unconfirmed())
+            _flush_at_exit(self)
+
+    # -- what kombu asks of a connection -------------------------------------------------------
+
+    @property
+    def connected(self) -> bool:
+        return not self._closed and self.nats.is_open
+
+    def drain_events(self, timeout: float | None = None) -> None:
+        """Hand on one message, waiting at most *timeout* seconds (None: without end) for it.
+
+        Raises `socket.timeout` if none came.
+        """
+        end = time.monotonic() + timeout if timeout is not None else None
+        while not self.dispatch_one():
+            now = time.monotonic()
+            if now >= self._next_tick:
+                self.tick(now)
+            remaining = self._next_tick - now
+            if end is not None:
+                if now >= end and not self.has_ready():
+                    # One look at the socket, so that timeout=0 finds what is there.
+                    self.nats.read_available()
+                    self._after_read()
+                    if self.dispatch_one():
+                        return
+                    raise socket.timeout("timed out")
+                remaining = min(remaining, end - now)
+            self.nats.wait(self.has_ready, max(0.0, remaining))
+            self._after_read()
+
+    def has_ready(self) -> bool:
+        """Tell whether `dispatch_one` has something to hand on."""
+        return any(channel.ready for channel in self.channels) or bool(self._ready_transient)
+
+    def dispatch_one(self) -> bool:
+        """Hand one message to a consumer; return whether there was one."""
+        for channel in self.channels:
+            if channel.ready and channel.deliver():
+                if len(self.channels) > 1:  # the channels take turns
+                    self.channels.remove(channel)
+                    self.channels.append(channel)
+                return True
+        return bool(self._ready_transient) and self._dispatch_transient()
+
+    def _dispatch_transient(self) -> bool:
+        for name, queue in list(self._ready_transient.items()):
+            consumer = next(
+                (
+                    consumer
+                    for channel in self.channels
+                    for consumer in channel.consumers_of(name)
+                    if consumer.no_ack or channel.has_room()
+                ),
+                None,
+            )
+            # Without a consumer, or without room, the messages wait in the queue; it becomes
+            # ready again with the next consumer, settle or message.
+            delivery = queue.pop() if consumer is not None else None
+            if delivery is None or not len(queue):
+                self._ready_transient.pop(name, None)
+            elif consumer is not None:
+                self._ready_transient[name] = self._ready_transient.pop(name)
+            if delivery is not None and consumer is not None:
+                queue.touch()
+                consumer.channel.hand_on(delivery, consumer)
+                return True
+        return False
+
+    # -- the event loop ------------------------------------------------------------------------
+
+    def register(self, loop: Any) -> None:
+        """Let an event loop (kombu's hub) read this connection from now on."""
+        self._loop = loop
+        loop.add_reader(self.nats.fileno(), self.on_readable)
+        loop.call_repeatedly(TICK, self.tick)
+        self.wake_loop()
+
+    def unregister(self) -> None:
+        loop, self._loop = self._loop, None
+        if loop is None:
+            return
+        try:
+            loop.remove(self.nats.fileno())
+        except (ConnectionLost, KeyError, ValueError, OSError, AttributeError):
+            return  # closed before, or the hub was reset
+
+    def on_readable(self) -> None:
+        """Read what is there and hand it all on."""
+        self.nats.read_available()
+        self._after_read()
+        self._dispatch_all()
+
+    def _dispatch_all(self) -> None:
+        self._scheduled = False
+        self._dispatching = True
+        try:
+            for _ in range(MAX_PER_TICK):
+                if not self.dispatch_one():
+                    return
+        finally:
+            self._dispatching = False
+        self.wake_loop()
+
+    def wake_loop(self) -> None:
+        """Hand on what arrived outside `on_readable` in the loop's next tick.
+
+        A message may be read while something waits for a reply; no more bytes may ever come.
+        """
+        if self._loop is not None and not self._scheduled and not self._dispatching:
+            self._scheduled = True
+            self._loop.call_soon(self._dispatch_all)
+
+    def tick(self, now: float | None = None) -> None:
+        """Do what no message triggers: renew silent pulls, retry, watch the server."""
+        if self._closed:
+            return
+        now = now if now is not None else time.monotonic()
+        self._next_tick = now + TICK
+        self.nats.keepalive(now)
+        for channel in self.channels:
+            channel.tick(now)
+        for queue in [queue for queue in self.transient.values() if queue.is_expired(now)]:
+            self.forget_transient(queue)
+        if self.publisher.unconfirmed:
+            self.publisher.retry(now)
+
+    def _after_read(self) -> None:
+        for channel in list(self.channels):
+            if channel.dirty:
+                channel.after_read()
+
+    # -- transient queues ----------------------------------------------------------------------
+
+    def add_transient(self, name: str, **settings: Any) -> TransientQueue:
+        """Return the transient queue *name* of this connection, making it if needed."""
+        queue = self.transient.get(name)
+        if queue is None:
+            queue = self.transient[name] = TransientQueue(
+                name,
+                self.nats,
+                self.jetstream.names,
+                limit=self.options.transient_buffer,
+                arrived=self.transient_arrived,
+                **settings,
+            )
+        queue.touch()
+        return queue
+
+    def transient_arrived(self, queue: TransientQueue) -> None:
+        if len(queue) and queue.consumers:
+            self._ready_transient[queue.name] = queue
+            self.wake_loop()
+
+    def forget_transient(self, queue: TransientQueue) -> None:
+        """Delete a transient queue and what is in it."""
+        self.transient.pop(queue.name, None)
+        self._ready_transient.pop(queue.name, None)
+        if self.nats.is_open:
+            queue.close()
+
+    # -- routing -------------------------------------------------------------------------------
+
+    def durable_routes(self, exchange: str, routing_key: str) -> tuple[str, ...]:
+        """Return the durable queues a message goes to.
+
+        What the registry said meanwhile is read first.  When nothing matches, one round trip
+        makes sure that no news is under way, at most once a second for named exchanges, whose
+        messages may all be for transient queues.
+        """
+        self.registry.load()
+        found = self._lookup(exchange, routing_key)
+        if found and not exchange:
+            return found
+        self.nats.read_available()
+        found = self._lookup(exchange, routing_key)
+        now = time.monotonic()
+        if not found and (not exchange or now - self._route_checked > ROUTE_RECHECK):
+            self._route_checked = now
+            self.nats.round_trip(self.options.publish_timeout)
+            found = self._lookup(exchange, routing_key)
+        return found
+
+    def _lookup(self, exchange: str, routing_key: str) -> tuple[str, ...]:
+        if exchange:
+            return self.registry.table.route(exchange, routing_key)
+        return (routing_key,) if routing_key in self.registry.queues else ()
+
+    def _stream_missing(self, subject: bytes) -> JetStreamTransportError | None:
+        """Tell why a stream does not answer, or None if it only has no leader now."""
+        if not self.nats.info.jetstream and not self.options.jetstream_domain:
+            return JetStreamUnavailable(str(self.nats.server))
+        if self.options.provision == "off":
+            return None
+        _, kind, *rest = subject.decode().split(".")
+        stream = f"{self.options.namespace}_{kind}"
+        try:
+            self.jetstream.request(f"STREAM.INFO.{stream}")
+        except ApiError as exc:
+            if exc.err_code == STREAM_NOT_FOUND:
+                return ConnectionLost(f"stream {stream!r} is gone; queues are declared again")
+        except QueueMissing:
+            raise
+        except JetStreamTransportError as exc:
+            logger.debug("cannot ask for stream %r: %s", stream, exc)
+        return None
+
+    def degraded(self, feature: str) -> None:
+        """Say once per process what this server cannot do and what happens instead."""
+        if feature not in _told:
+            _told.add(feature)
+            logger.warning("nats-server %s has no %s: %s", *self._version(), feature, _WITHOUT[feature])
+
+    def _version(self) -> tuple[str]:
+        return (".".join(map(str, self.nats.info.version)),)
+
+    # -- the end -------------------------------------------------------------------------------
+
+    def flush(self, timeout: float | None = None) -> None:
+        """Wait until every pipelined publish is confirmed; see `Publisher.flush`."""
+        self.publisher.flush(timeout)
+
+    def close(self) -> None:
+        """Close in order: unconfirmed publishes are awaited, what is held is handed back."""
+        if self._closed:
+            return
+        try:
+            if self.nats.is_open:
+                self._close_channels()
+                self.publisher.flush()
+        finally:
+            self.abandon()
+
+    def _close_channels(self) -> None:
+        for channel in list(self.channels):
+            channel.close()
+        for queue in list(self.transient.values()):
+            self.forget_transient(queue)
+
+    def abandon(self) -> None:
+        """Close without a word to the server; the ledger keeps what is held or unconfirmed."""
+        if self._closed:
+            return
+        self._closed = True
+        self.unregister()
+        lost = bool(self.channels)
+        for channel in list(self.channels):
+            channel.lose()
+        self.channels.clear()
+        self.ledger.keep_unconfirmed(self.publisher.take_unconfirmed())
+        self.ledger.detach(self.jetstream, lost=lost or not self.nats.is_open)
+        self.nats.close()
+
+
+#: What happens without a feature; `Session.degraded` says it once.
+_WITHOUT = {
+    "schedules": "workers hold tasks with an eta or countdown until they are due",
+    "message TTL": "expired tasks are dropped by the worker that gets them",
+}
+_told: set[str] = set()
+
+_exit_flushed: weakref.WeakSet[Session] = weakref.WeakSet()
+
+
+def _flush_at_exit(session: Session) -> None:
+    """Await pipelined confirms of *session* when the interpreter exits."""
+    if not _exit_flushed:
+        atexit.register(_flush_sessions)
+    _exit_flushed.add(session)
+
+
+def _flush_sessions() -> None:
+    flushes: list[Callable[[], None]] = [s.flush for s in list(_exit_flushed) if s.connected]
+    for flush in flushes:
+        try:
+            flush()
+        except JetStreamTransportError as exc:
+            logger.error("messages may not have been published: %s", exc)

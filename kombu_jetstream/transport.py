@@ -1,0 +1,151 @@
+"""kombu over NATS JetStream: a reader starts here.
+
+Features
+========
+* Type: Native
+* Supports Direct: Yes
+* Supports Topic: Yes
+* Supports Fanout: Yes
+* Supports Priority: Yes
+* Supports TTL: Yes
+
+Connection String
+=================
+::
+
+    jetstream://[USER:PASSWORD@|TOKEN@]HOST[:4222][,HOST2...][/NAMESPACE][?OPTION=VALUE]
+    jetstreams://...                                              (TLS or no connection)
+
+Transport Options
+=================
+See docs/reference/options.md; the same names work in the URL's query.
+
+A `Transport` opens and closes connections for kombu and tells it which errors mean what.  What it
+opens is a `Session`, which makes `Channel`s.  There is no reconnecting here: a lost connection
+raises one of `Transport.connection_errors`, and kombu and Celery reconnect and fail over.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+from kombu.transport import base
+
+from . import errors, options, tls
+from .channel import Channel
+from .connection import ConnectionSettings
+from .session import Session, connection_settings
+
+__all__ = ["SecureTransport", "Transport"]
+
+
+class Transport(base.Transport):  # type: ignore[misc]  # kombu has no types
+    """The ``jetstream://`` transport."""
+
+    Channel = Channel
+
+    #: kombu hands the URL over as it is: it has commas, a query and two kinds of user info.
+    can_parse_url = True
+    default_port = options.DEFAULT_PORT
+    driver_type = "jetstream"
+    driver_name = "kombu_jetstream"
+
+    connection_errors = errors.CONNECTION_ERRORS
+    channel_errors = errors.CHANNEL_ERRORS
+    recoverable_connection_errors = errors.RECOVERABLE_CONNECTION_ERRORS
+    recoverable_channel_errors = errors.RECOVERABLE_CHANNEL_ERRORS
+
+    implements = base.Transport.implements.extend(
+        asynchronous=True,
+        exchange_type=frozenset({"direct", "topic", "fanout"}),
+        heartbeats=False,
+    )
+
+    #: Scheme to assume for a host without one.
+    scheme = "jetstream"
+
+    def establish_connection(self) -> Session:
+        """Connect to the first server that answers.
+
+        Raises `OptionsError` for a bad URL or option, `NoServers` if none answers, or what a
+        server has against us: `AuthenticationFailed`, `TLSNotOffered`, `CertificateRejected`.
+        """
+        parsed, settings = self._parse()
+        return Session(self.client, parsed, settings)
+
+    def _parse(self) -> tuple[options.Options, ConnectionSettings]:
+        client = self.client
+        parsed = options.Options.parse(self._url(), client.transport_options or {})
+        context = tls.ssl_context(client.ssl, parsed.tls)
+        name = tls.server_hostname(client.ssl, parsed.tls_hostname)
+        return parsed, connection_settings(parsed, context, name, client.connect_timeout)
+
+    def _url(self) -> str:
+        """Return the broker URL, also when it was given to kombu in pieces."""
+        client = self.client
+        return options.url_from_parts(
+            client.hostname,
+            port=client.port,
+            userid=client.userid,
+            password=client.password() if callable(client.password) else client.password,
+            virtual_host=client.virtual_host,
+            transport=self.scheme,
+        )
+
+    def create_channel(self, connection: Session) -> Channel:
+        channel = self.Channel(connection)
+        connection.channels.append(channel)
+        return channel
+
+    def close_channel(self, channel: Channel) -> None:
+        channel.close()
+
+    def close_connection(self, connection: Session) -> None:
+        """Close in order; a lost connection's deliveries go to the ledger."""
+        connection.close()
+
+    def _collect(self, connection: Session | None) -> None:
+        """Drop a connection without a word: it is lost, or another process's (kombu's hook)."""
+        if connection is not None:
+            connection.abandon()
+
+    def verify_connection(self, connection: Session) -> bool:
+        return connection.connected
+
+    def drain_events(self, connection: Session, timeout: float | None = None) -> None:
+        """Hand on one message; `socket.timeout` if none came within *timeout* seconds."""
+        connection.drain_events(timeout)
+
+    def register_with_event_loop(self, connection: Session, loop: Any) -> None:
+        connection.register(loop)
+
+    def unregister_from_event_loop(self, connection: Session, loop: Any) -> None:
+        connection.unregister()
+
+    def as_uri(self, uri: str, include_password: bool = False, mask: str = "**") -> str:
+        return options.as_uri(uri, include_password, mask)
+
+    def driver_version(self) -> str:
+        return version("kombu-jetstream")
+
+    def get_manager(self, *args: Any, **kwargs: Any) -> Management:
+        return Management(self)
+
+    @property
+    def default_connection_params(self) -> dict[str, Any]:
+        return {"port": self.default_port, "hostname": "localhost"}
+
+
+class SecureTransport(Transport):
+    """The ``jetstreams://`` transport: the scheme alone demands TLS."""
+
+    scheme = "jetstreams"
+
+
+class Management(base.Management):  # type: ignore[misc]  # kombu has no types
+    """What kombu asks of a broker's management API."""
+
+    def get_bindings(self) -> list[dict[str, str]]:
+        with self.transport.client.channel() as channel:
+            return list(channel.get_bindings())
