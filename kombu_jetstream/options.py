@@ -114,12 +114,16 @@ class _Rule:
     from_text: Callable[[str], object] = str
 
     def or_none(self) -> _Rule:
-        """Return this rule with None (``none`` in a URL) allowed too."""
-        return _Rule(
-            f"{self.expected} or None",
-            lambda value: None if value is None else self.accept(value),
-            lambda text: None if text.lower() == "none" else self.from_text(text),
-        )
+        """Return this rule with None allowed too; in a URL ``none``, unless any text will do."""
+
+        def accept(value: Any) -> Any:
+            return None if value is None else self.accept(value)
+
+        def from_text(text: str) -> object:
+            return None if text.lower() == "none" else self.from_text(text)
+
+        is_text = self.from_text is str
+        return _Rule(f"{self.expected} or None", accept, str if is_text else from_text)
 
 
 def _seconds(*, zero: bool) -> Callable[[Any], float]:
@@ -505,13 +509,13 @@ def _url_options(parts: _Split) -> Iterator[tuple[str, Any]]:
     if parts.user_info:
         user, colon, password = parts.user_info.partition(":")
         if colon:
-            yield "user", _checked(_FIELDS["user"], unquote(user), is_text=True)
+            yield "user", _checked(_FIELDS["user"], unquote(user))
             yield "password", unquote(password)
         else:
             yield "token", unquote(user)
     namespace = unquote(parts.path[1:])
     if namespace not in ("", "/"):  # kombu's forms of the default virtual host
-        yield "namespace", _checked(_FIELDS["namespace"], namespace, is_text=True)
+        yield "namespace", _checked(_FIELDS["namespace"], namespace)
     for item in (parts.query or "").split("&"):
         if item:
             name, _, text = item.partition("=")
@@ -576,9 +580,9 @@ def _masked_item(item: str, mask: str) -> str:
 
 
 def _masked_blindly(url: str, mask: str) -> str:
-    scheme, _, rest = url.rpartition("://")
+    scheme, _, rest = url.partition("://")
     shown = scheme if scheme.lower() in ("jetstream", "jetstreams") else "jetstream"
-    before, at, hosts = rest.rpartition("@")
+    before, at, hosts = (rest or url).rpartition("@")
     # An '@' in the query may be part of a secret option's value, and so may all around it.
     tail = at + hosts.partition("?")[0] if at and "?" not in before else ""
     return f"{shown}://{mask}{tail}"

@@ -68,6 +68,15 @@ def refusal(url: str, transport_options: dict[Any, Any] | None = None) -> str:
         ),
         ("jetstream://ann:geheim@", {"user": "ann", "password": "geheim"}),
         ("jetstream://ann:@", {"user": "ann", "password": ""}),
+        ("jetstream://none:None@", {"user": "none", "password": "None"}),
+        (
+            "jetstream://h/none?jetstream_domain=none",
+            {
+                "servers": (("h", 4222),),
+                "namespace": "none",
+                "jetstream_domain": "none",
+            },
+        ),
         ("jetstream://a%3Ab:%40%2F%25+%20:@", {"user": "a:b", "password": "@/%+ :"}),
         ("jetstream://a:b@c@", {"user": "a", "password": "b@c"}),
         ("jetstream://t%2Bk@", {"token": "t+k"}),
@@ -568,6 +577,8 @@ def test_no_secret_is_in_what_people_read(
     secret = f"{SECRET}{before}{SECRET}{after}{SECRET}"
     if is_encoded:
         secret = quote(secret.encode("utf-8", "replace"), safe="")
+    else:  # what says by itself that the secret ends here
+        secret = secret.replace(":", "").replace("&", "")
     url = place.format(secret)
 
     assert SECRET not in as_uri(url)
