@@ -495,14 +495,12 @@ class CeleryWorker:
     def wait_ready(self, within: float = 30.0) -> CeleryWorker:
         """Return when the log of the last start says that the worker is ready."""
 
-        def is_ready() -> bool:
+        deadline = time.monotonic() + within
+        while f"{self.hostname} ready" not in self.log[self._log_start :]:
             assert self.is_running, f"the worker ended with {self.exit_code}:\n{self.tail()}"
-            return f"{self.hostname} ready" in self.log[self._log_start :]
-
-        try:
-            eventually(is_ready, within, every=0.05)
-        except AssertionError as exc:
-            raise AssertionError(f"worker is not ready:\n{self.tail()}") from exc
+            late = f"the worker is not ready after {within:g} s:\n{self.tail()}"
+            assert time.monotonic() < deadline, late
+            time.sleep(0.05)
         return self
 
     def wait_log(self, text: str, within: float = 10.0, count: int = 1) -> None:

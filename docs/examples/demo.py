@@ -138,6 +138,7 @@ def demonstrate(show: Show, worker: Worker) -> None:
 
     show.heading("One task")
     show.result("price.delay('tea').get()", 450, lambda: _get(tasks.price.delay("tea")))
+    show.result("and again, now connected", 450, lambda: _get(tasks.price.delay("tea")))
 
     show.heading("A chain of three, the second of which fails once and is retried after 0.5 s")
     show.result(
