@@ -26,15 +26,12 @@ from typing import Any, Literal, TypeAlias
 from urllib.parse import quote, unquote
 
 from .errors import OptionsError, shortened
-from .tls import server_hostname, ssl_context
 
 __all__ = [
     "IGNORED_OPTIONS",
     "KOMBU_OPTIONS",
     "Options",
     "as_uri",
-    "server_hostname",
-    "ssl_context",
     "url_from_parts",
 ]
 

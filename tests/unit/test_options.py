@@ -13,6 +13,12 @@ from urllib.parse import quote
 import kombu.transport.redis
 import pytest
 import trustme
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    PrivateFormat,
+    load_pem_private_key,
+)
 from hypothesis import example, given
 from hypothesis import strategies as st
 from kombu.utils.url import parse_url
@@ -24,10 +30,9 @@ from kombu_jetstream.options import (
     KOMBU_OPTIONS,
     Options,
     as_uri,
-    server_hostname,
-    ssl_context,
     url_from_parts,
 )
+from kombu_jetstream.tls import server_hostname, ssl_context
 
 ROOT = Path(__file__).parents[2]
 FIELDS = {each.name: each for each in dataclasses.fields(Options)}
@@ -288,6 +293,10 @@ def test_option_is_stored_in_its_type(name: str, value: object, stored: object) 
         (
             {"credentials_file": 3},
             "expected 'credentials_file' to be the path of a file or None, got 3",
+        ),
+        (
+            {"nkey_seed_file": ""},
+            "expected 'nkey_seed_file' to be the path of a file or None, got ''",
         ),
         (
             {"token": b"geheim"},
@@ -599,6 +608,10 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     certificate.private_key_and_cert_chain_pem.write_to_path(str(folder / "both.pem"))
     (folder / "other.pem").write_bytes(authority.issue_cert("x").private_key_pem.bytes())
     (folder / "rubbish.pem").write_text("rubbish")
+    key = load_pem_private_key(certificate.private_key_pem.bytes(), None)
+    (folder / "encrypted.pem").write_bytes(
+        key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"geheim"))
+    )
     return folder
 
 
@@ -774,6 +787,17 @@ def test_file_that_cannot_be_used_is_named(
     assert told.startswith(start)
 
 
+def test_encrypted_key_is_opened_with_its_password(certificates: Path) -> None:
+    setting = {
+        "certfile": str(certificates / "cert.pem"),
+        "keyfile": str(certificates / "encrypted.pem"),
+    }
+
+    assert ssl_context({**setting, "ssl_password": "geheim"}, tls=False)
+    # and does not ask on the terminal when there is none
+    assert tls_refusal(setting).endswith("the key is encrypted, 'password' must be given")
+
+
 def test_context_and_other_keys_are_an_error() -> None:
     told = tls_refusal({"context": ssl.create_default_context(), "ca_certs": "x"})
 
@@ -794,6 +818,11 @@ def test_name_of_the_certificate_comes_from_either_setting(
     setting: object, option: str | None, expected: str | None
 ) -> None:
     assert server_hostname(setting, option) == expected
+
+
+def test_bad_name_of_the_certificate_is_an_error() -> None:
+    with pytest.raises(OptionsError, match="'server_hostname' of broker_use_ssl to be a host name"):
+        server_hostname({"server_hostname": ""}, None)
 
 
 def test_two_names_of_the_certificate_are_an_error() -> None:
@@ -852,6 +881,6 @@ def test_every_option_is_read_by_the_code() -> None:
         for path in (ROOT / folder).glob("*.py")
         if path.name != "options.py"
     )
-    read = set(re.findall(r"\boptions\.(\w+)", sources))
+    read = set(re.findall(r"\b(?:options|parsed)\.(\w+)", sources))
 
     assert FIELDS.keys() - read == set()
