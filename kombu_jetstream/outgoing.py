@@ -97,17 +97,23 @@ class Outgoing:
         properties["delivery_info"] = {"exchange": exchange, "routing_key": routing_key}
         payload = envelope.encode(message)
         queues = self._session.durable_routes(exchange, routing_key)
-        for queue in queues:
-            self._store(queue, message, payload, len(queues) > 1, timeout)
-        if exchange:
-            subject = self._session.jetstream.names.exchange(exchange, key_subject(routing_key))
-        elif not queues:
-            subject = self._session.jetstream.names.transient_queue(routing_key)
-        else:
+        if not exchange and queues:
+            self._store(queues[0], message, payload, False, timeout)
             return True
-        if mandatory and not queues:
-            return self._heard(subject.encode(), payload)
-        self._session.nats.publish(subject.encode(), payload)
+        names, nats = self._session.jetstream.names, self._session.nats
+        if exchange:
+            subject = names.exchange(exchange, key_subject(routing_key)).encode()
+        else:
+            subject = names.transient_queue(routing_key).encode()
+        if not queues:
+            if mandatory:
+                return self._heard(subject, payload)
+            nats.publish(subject, payload)
+            return True
+        with nats.corked():  # both leave in one write: the confirm is waited for in here
+            nats.publish(subject, payload)
+            for queue in queues:
+                self._store(queue, message, payload, len(queues) > 1, timeout)
         return True
 
     def forward(self, message: envelope.Envelope, exchange: str, routing_key: str) -> None:

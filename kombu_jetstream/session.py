@@ -50,6 +50,9 @@ TICK = 1.0
 #: Deliveries handed on in one tick of an event loop, so that nothing else starves.
 MAX_PER_TICK = 256
 
+#: Seconds for which the registry's news need not be read again before routing.
+NEWS_INTERVAL = 0.001
+
 #: Seconds within which a route that is not found is not looked for twice by a round trip.
 ROUTE_RECHECK = 1.0
 
@@ -100,7 +103,7 @@ class Session:
         self._closed = False
         self._dispatching = False
         self._ready_transient: dict[str, TransientQueue] = {}
-        self._route_checked = float("-inf")
+        self._news_read = self._route_checked = float("-inf")
         self._next_tick = time.monotonic() + TICK
         self.ledger.attach(self.jetstream)
         if options.publish_confirms == "pipelined":
@@ -279,9 +282,11 @@ class Session:
         found = self._lookup(exchange, routing_key)
         if found and not exchange:
             return found
-        self.nats.read_available()
-        found = self._lookup(exchange, routing_key)
         now = time.monotonic()
+        if now - self._news_read > NEWS_INTERVAL:
+            self._news_read = now
+            self.nats.read_available()
+            found = self._lookup(exchange, routing_key)
         if not found and (not exchange or now - self._route_checked > ROUTE_RECHECK):
             self._route_checked = now
             self.nats.round_trip(self.options.publish_timeout)
