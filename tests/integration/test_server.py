@@ -258,7 +258,7 @@ def test_command_says_in_one_line_why_it_cannot_start(
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         facts = {"used": taken.getsockname()[1], "folder": folder}
-        command = Command(folder, *[arg.format(**facts) for arg in args])
+        command = Command(folder, "--port", "0", *[arg.format(**facts) for arg in args])
         commands.append(command)
 
         assert command.wait() == 1
