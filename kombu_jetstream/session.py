@@ -73,7 +73,8 @@ def connection_settings(
         tls=tls,
         tls_hostname=tls_name,
         tls_handshake_first=options.tls_handshake_first,
-        connect_timeout=connect_timeout or ConnectionSettings.connect_timeout,
+        # Celery unsets it under gevent.
+        connect_timeout=connect_timeout or ConnectionSettings().connect_timeout,
         ping_interval=options.ping_interval,
         inbox_prefix=options.inbox_prefix,
         name="kombu_jetstream",
