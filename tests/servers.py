@@ -599,7 +599,7 @@ def app_env(
         Path(results).mkdir(parents=True, exist_ok=True)
         env["RESULT_BACKEND"] = file_backend_url(results)
     if config:
-        env["CELERY_CONFIG"] = json.dumps(config)
+        env["APP_SETTINGS"] = json.dumps(config)
     return env
 
 

@@ -7,7 +7,7 @@ Imported by test and worker alike, and configured by the environment alone
 - ``LEDGER``: a file; each start and each end of a task appends one line to it, with a
   single write, so that "executed exactly once" can be read off it whatever was killed.
 - ``RESULT_BACKEND``: where results go; none when unset.
-- ``CELERY_CONFIG``: JSON object of further settings, by their names.
+- ``APP_SETTINGS``: JSON object of further settings, by their names.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def make_app(**config: Any) -> Celery:
         # Tests wait for reconnects; Celery's own 2, 4, 6 seconds would add up.
         broker_connection_timeout=2.0,
         task_publish_retry_policy={"max_retries": 3, "interval_start": 0.1, "interval_step": 0.2},
-        **json.loads(os.environ.get("CELERY_CONFIG", "{}")),
+        **json.loads(os.environ.get("APP_SETTINGS", "{}")),
     )
     app.conf.update(config)
     _add_tasks(app)

@@ -1,0 +1,134 @@
+"""What the workers and the test of one case share: broker, settings, ledger and results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import celery
+
+from tests.acceptance.app import make_app
+from tests.servers import CeleryWorker, Ledger, app_env, eventually, file_backend_url, python_env
+
+#: Celery's pools; solo and threads run tasks in the process of the worker itself.
+POOLS = ("prefork", "threads", "solo", "gevent", "eventlet")
+
+#: Slots of each pool in these tests.  solo has one whatever it is told.
+CONCURRENCY = {"prefork": 2, "threads": 4, "solo": 1, "gevent": 20, "eventlet": 20}
+
+
+class Site:
+    """A broker URL, Celery settings, and the folder with the ledger and the results.
+
+    *config* holds Celery settings for workers and client alike.
+    """
+
+    def __init__(self, folder: Path, broker_url: str, config: dict[str, Any]) -> None:
+        self.folder = folder
+        self.broker_url = broker_url
+        self.config = config
+        self.results = folder / "results"
+        self.results.mkdir()
+        self.ledger = Ledger(folder / "ledger")
+        self._stack = ExitStack()
+        self._client: celery.Celery | None = None
+
+    def __enter__(self) -> Site:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    @property
+    def client(self) -> celery.Celery:
+        """The app as a producer in this process; closed with the site."""
+        if self._client is None:
+            self._client = self._stack.enter_context(self.new_client())
+        return self._client
+
+    @contextmanager
+    def new_client(self, broker_url: str | None = None, **config: Any):
+        """A producer of its own, closed at the end of the block."""
+        app = make_app(
+            **{
+                "broker_url": broker_url if broker_url is not None else self.broker_url,
+                "result_backend": file_backend_url(self.results),
+                **self.config,
+                **config,
+            }
+        )
+        try:
+            yield app
+        finally:
+            app.pool.force_close_all()
+            app.close()
+
+    def worker(self, name: str = "worker", *, pool: str = "prefork", **options: Any) -> CeleryWorker:
+        """A worker that is not started yet; stopped with the site at the latest."""
+        config = {**self.config, **options.pop("config", {})}
+        worker = CeleryWorker(
+            self.folder,
+            options.pop("broker_url", self.broker_url),
+            pool=pool,
+            concurrency=options.pop("concurrency", CONCURRENCY[pool]),
+            name=name,
+            config=config,
+            ledger=self.ledger.path,
+            results=self.results,
+            **options,
+        )
+        self._stack.callback(worker.stop)
+        return worker
+
+    def env(self) -> dict[str, str]:
+        """Environment for ``celery -A tests.acceptance.app …``."""
+        return python_env(
+            app_env(
+                self.broker_url,
+                ledger=self.ledger.path,
+                results=self.results,
+                config=self.config,
+            )
+        )
+
+    def send(self, task_name: str, count: int, *args: Any, **options: Any) -> list[str]:
+        """Publish *count* tasks and return their ids."""
+        task = self.client.tasks[task_name]
+        return [task.apply_async(args, **options).id for _ in range(count)]
+
+    def wait_ended(self, task_ids: Sequence[str], within: float) -> None:
+        """Return when each of these tasks has ended at least once."""
+        wanted = set(task_ids)
+
+        def all_ended() -> bool:
+            missing = wanted - set(self.ledger.ends())
+            assert not missing, f"{len(missing)} of {len(wanted)} did not end in {within:g} s"
+            return True
+
+        eventually(all_ended, within, every=0.1)
+
+    def wait_started(self, task_ids: Sequence[str], within: float) -> None:
+        """Return when each of these tasks has started at least once."""
+        wanted = set(task_ids)
+
+        def all_started() -> bool:
+            missing = wanted - set(self.ledger.starts())
+            assert not missing, f"{len(missing)} of {len(wanted)} did not start in {within:g} s"
+            return True
+
+        eventually(all_started, within, every=0.02)
+
+    def assert_each_ran_once(self, task_ids: Sequence[str]) -> None:
+        """Fail unless each of these tasks was started and ended once; others do not count."""
+        wanted = set(task_ids)
+        for what, found in (("start", self.ledger.starts()), ("end", self.ledger.ends())):
+            counts = {task_id: found[task_id] for task_id in wanted if found[task_id] != 1}
+            assert not counts, f"expected one {what} each, got {counts}"
