@@ -456,9 +456,11 @@ class NatsConnection:
         except BLOCKED:
             return False
         except OSError as exc:
-            while self._receive()[0]:
-                pass  # the server's last words say more than EPIPE does
-            self._fail(self._explain(exc))
+            # What the server said before it closed tells more than EPIPE does.
+            more, lost = True, None
+            while more:
+                more, lost = self._receive()
+            self._fail(lost if lost is not None else self._explain(exc))
             self._usable()
         return True
 
