@@ -54,6 +54,7 @@ __all__ = [
     "MalformedMessage",
     "MessageTooLarge",
     "NoResponders",
+    "NoRoute",
     "NoServers",
     "NotSupported",
     "OptionsError",
@@ -180,24 +181,24 @@ class ProtocolError(ConnectionLost):
 class JetStreamUnavailable(ConnectionLost):
     """The server answers, but JetStream is not there.
 
-    Cause: JetStream is not enabled on the server or for the account (`scope` says which), or the
-    server shut it down because its disk is full.
+    Cause: JetStream is not enabled on the server or for the account, or the server shut it down
+    because its disk is full.  `detail` is the server's description, if it gave one.
     Remedy: start ``nats-server -js`` or add a ``jetstream {}`` block to its configuration; for an
     account add ``jetstream: enabled`` to it.  Retried, as another server may have it.
     """
 
-    def __init__(self, scope: str = "server", detail: str = "") -> None:
-        self.scope = scope
+    def __init__(self, server: str, detail: str = "") -> None:
+        self.server = _without_credentials(server)
         self.detail = detail
-        remedy = (
-            "add `jetstream: enabled` to the account"
-            if scope == "account"
-            else "start nats-server with -js or add `jetstream {}` to its configuration"
-        )
-        self.reason = f"JetStream is not enabled on the {scope}"
+        self.reason = f"server {self.server} has no JetStream"
         if detail:
             self.reason += f" ({detail})"
-        self._set(f"{self.reason}; {remedy}", scope, detail)
+        self._set(
+            f"{self.reason}; start it with -js or add `jetstream {{}}` to its configuration, and "
+            "`jetstream: enabled` to the account if it has accounts",
+            self.server,
+            detail,
+        )
 
 
 class RequestTimeout(ConnectionLost):
@@ -388,6 +389,26 @@ class ExchangeMissing(ChannelFailed):
     def __init__(self, exchange: str) -> None:
         self.exchange = exchange
         super().__init__(f"no exchange {exchange!r}", exchange)
+
+
+class NoRoute(ChannelFailed):
+    """No queue takes a message that was published with ``mandatory=True``.
+
+    Cause: nothing is bound to the exchange with a matching key.  It is not raised, but handed to
+    the ``basic_return`` callbacks, as AMQP does.
+    Remedy: declare the queue with its binding before publishing.
+    """
+
+    code = 312
+
+    def __init__(self, exchange: str, routing_key: str) -> None:
+        self.exchange = exchange
+        self.routing_key = routing_key
+        super().__init__(
+            f"no queue takes a message to exchange {exchange!r} with routing key {routing_key!r}",
+            exchange,
+            routing_key,
+        )
 
 
 class ResourceLocked(ChannelFailed):

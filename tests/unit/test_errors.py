@@ -38,13 +38,15 @@ INSTANCES = [
         "the server does not speak the NATS protocol: unknown operation b'HTTP/1.1'",
     ),
     (
-        errors.JetStreamUnavailable(),
-        "JetStream is not enabled on the server; "
-        "start nats-server with -js or add `jetstream {}` to its configuration",
+        errors.JetStreamUnavailable("a:4222"),
+        "server a:4222 has no JetStream; start it with -js or add `jetstream {}` to its "
+        "configuration, and `jetstream: enabled` to the account if it has accounts",
     ),
     (
-        errors.JetStreamUnavailable("account", "10039"),
-        "JetStream is not enabled on the account (10039); add `jetstream: enabled` to the account",
+        errors.JetStreamUnavailable("a:4222", "JetStream not enabled for account"),
+        "server a:4222 has no JetStream (JetStream not enabled for account); start it with -js "
+        "or add `jetstream {}` to its configuration, and `jetstream: enabled` to the account if "
+        "it has accounts",
     ),
     (errors.RequestTimeout("$JS.API.INFO", 5.0), "no answer to '$JS.API.INFO' within 5 s"),
     (
@@ -79,6 +81,10 @@ INSTANCES = [
     ),
     (errors.QueueMissing("q"), "no queue 'q'"),
     (errors.ExchangeMissing("x"), "no exchange 'x'"),
+    (
+        errors.NoRoute("x", "k"),
+        "no queue takes a message to exchange 'x' with routing key 'k'",
+    ),
     (errors.ResourceLocked("q"), "queue 'q' is exclusive to another connection or consumer"),
     (errors.PreconditionFailed("queue 'q' is not empty"), "queue 'q' is not empty"),
     (errors.QueueNameInvalid("", "it is empty"), "queue name '' cannot be used: it is empty"),
@@ -184,6 +190,7 @@ def test_every_error_is_ours_and_kombu_s(error: Exception) -> None:
     ("error", "code"),
     [
         (errors.MessageTooLarge(2, 1), 311),
+        (errors.NoRoute("x", "k"), 312),
         (errors.PermissionDenied("publish", "s"), 403),
         (errors.QueueMissing("q"), 404),
         (errors.ExchangeMissing("x"), 404),
@@ -215,7 +222,7 @@ def test_malformed_message_is_a_decode_error() -> None:
         errors.ConnectionLost("x"),
         errors.NoServers(),
         errors.ProtocolError("x"),
-        errors.JetStreamUnavailable(),
+        errors.JetStreamUnavailable("a:1"),
         errors.RequestTimeout("s", 1.0),
         errors.NoResponders("s"),
         errors.PublishTimeout("s", 1.0),
