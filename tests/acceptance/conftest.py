@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.acceptance.site import Site
+from tests.acceptance.sites import Site
 from tests.servers import missing, nats_server_binary
 
 

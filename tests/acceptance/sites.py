@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -55,7 +55,7 @@ class Site:
         return self._client
 
     @contextmanager
-    def new_client(self, broker_url: str | None = None, **config: Any):
+    def new_client(self, broker_url: str | None = None, **config: Any) -> Iterator[celery.Celery]:
         """A producer of its own, closed at the end of the block."""
         app = make_app(
             **{
@@ -72,7 +72,7 @@ class Site:
             app.close()
 
     def worker(self, name: str = "worker", *, pool: str = "prefork", **options: Any) -> CeleryWorker:
-        """A worker that is not started yet; stopped with the site at the latest."""
+        """A worker that is not started yet; killed with the site at the latest."""
         config = {**self.config, **options.pop("config", {})}
         worker = CeleryWorker(
             self.folder,
@@ -85,7 +85,7 @@ class Site:
             results=self.results,
             **options,
         )
-        self._stack.callback(worker.stop)
+        self._stack.callback(worker.kill9)
         return worker
 
     def env(self) -> dict[str, str]:
@@ -132,3 +132,10 @@ class Site:
         for what, found in (("start", self.ledger.starts()), ("end", self.ledger.ends())):
             counts = {task_id: found[task_id] for task_id in wanted if found[task_id] != 1}
             assert not counts, f"expected one {what} each, got {counts}"
+
+
+def start_all(workers: Iterable[CeleryWorker]) -> None:
+    """Start workers at the same time and return when all consume."""
+    started = [worker.start() for worker in workers]
+    for worker in started:
+        worker.wait_ready(within=60)
