@@ -54,6 +54,7 @@ LEVELS: tuple[Level, ...] = get_args(Level)
 #: Server API levels (ADR-44) from which a stream may ask for these.
 API_LEVEL_TTL = 1
 API_LEVEL_SCHEDULES = 2
+API_LEVEL_ATOMIC = 2
 
 #: A consumer name becomes a directory of the file store, 255 bytes at most.
 MAX_TOKEN_BYTES = 200
@@ -202,6 +203,8 @@ def level_stream(options: Options, level: Level, api_level: int) -> api.StreamCo
         discard=api.DiscardPolicy.NEW if limited else api.DiscardPolicy.OLD,
         allow_msg_ttl=True if api_level >= API_LEVEL_TTL else None,
         allow_msg_schedules=True if api_level >= API_LEVEL_SCHEDULES and not limited else None,
+        # A replayed dead letter and the mark that it was replayed are one write (celery_ext.dlq).
+        allow_atomic=True if api_level >= API_LEVEL_ATOMIC else None,
         duplicate_window=options.dedup_window,
         **_shared(options, options.stream_max_bytes, options.stream_max_age),
     )
@@ -293,6 +296,7 @@ STREAM_FIELDS = (
     "allow_direct",
     "allow_msg_ttl",
     "allow_msg_schedules",
+    "allow_atomic",
 )
 CONSUMER_FIELDS = ("filter_subject", "ack_policy", "ack_wait", "max_deliver", "max_ack_pending")
 
