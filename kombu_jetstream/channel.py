@@ -761,10 +761,14 @@ class Channel(base.StdChannel):  # type: ignore[misc]  # kombu has no types
             raise
 
     def _after_settle(self) -> None:
+        """Ask for more, as there is room; a lost connection is for whoever reads it to notice."""
         if self.closed:
             return
         if self._sources:
-            self.refill()
+            try:
+                self.refill()
+            except ConnectionLost as exc:
+                logger.debug("no pulls after settling: %s", exc)
         self._wake_transient()
 
     def _wake_transient(self) -> None:

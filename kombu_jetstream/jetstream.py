@@ -56,7 +56,7 @@ STREAM_NAME_EXIST = 10058
 STREAM_SUBJECT_OVERLAP = 10065
 
 #: Differences that `provision` "auto" mends, because an older server could not do it then.
-_UPGRADES = frozenset({"allow_msg_ttl", "allow_msg_schedules", "allow_direct"})
+_UPGRADES = frozenset({"allow_atomic", "allow_direct", "allow_msg_schedules", "allow_msg_ttl"})
 #: Differences with which the transport's promises do not hold.
 _FATAL = frozenset({"subjects", "retention", "storage", "max_msgs_per_subject"})
 
@@ -446,7 +446,7 @@ class JetStream:
                 self.ledger.forward(delivery.token, payload)
         else:
             if outcome == "ack":
-                self.ledger.note_ack(delivery.token)
+                self.ledger.note_ack(self, delivery.token)
 
     def _confirmed(self, token: bytes, payload: bytes) -> None:
         try:

@@ -76,15 +76,18 @@ class Ledger:
     def __init__(self, options: Options) -> None:
         self.options = options
         self.pid = os.getpid()
-        #: connections that may carry an outcome, the newest last
-        self._links: list[weakref.ref[JetStream]] = []
+        #: connections that may carry an outcome and when they were made, the newest last
+        self._links: list[tuple[float, weakref.ref[JetStream]]] = []
         self._holders: weakref.WeakSet[QoS] = weakref.WeakSet()
         self._orphans: dict[bytes, Delivery] = {}
         #: outcomes that wait for a connection
         self._unsent: deque[tuple[bytes, bytes]] = deque()
         #: pipelined messages whose confirm did not come before the connection was lost
         self._unconfirmed: list[Unconfirmed] = []
-        self._acks: deque[tuple[float, bytes]] = deque(maxlen=REMEMBERED_ACKS)
+        self._acks: deque[tuple[float, int, bytes]] = deque(maxlen=REMEMBERED_ACKS)
+        #: monotonic time of the last loss of a connection, and whether there ever was one
+        self.lost_at = float("-inf")
+        self.connected_before = False
         self._lock = threading.RLock()
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
@@ -94,18 +97,23 @@ class Ledger:
     def attach(self, link: JetStream) -> None:
         """Take a new connection: send through it what waits, and look after its deliveries."""
         with self._lock:
-            self._links.append(weakref.ref(link))
+            self._links.append((time.monotonic(), weakref.ref(link)))
+            self.connected_before = True
         self._settle_orphans(time.monotonic(), fresh=True)
         self._start()
 
     def detach(self, link: JetStream, *, lost: bool) -> None:
         """Forget a connection.  *lost*: its last acknowledgements may not have arrived."""
         with self._lock:
-            self._links = [ref for ref in self._links if ref() not in (link, None)]
+            self._links = [entry for entry in self._links if entry[1]() not in (link, None)]
             if lost:
+                self.lost_at = time.monotonic()
                 since = time.monotonic() - REMEMBERED_SECONDS
-                self._unsent.extend((token, b"+ACK") for at, token in self._acks if at > since)
-                self._acks.clear()
+                self._unsent.extend(
+                    (token, b"+ACK")
+                    for at, taker, token in self._acks
+                    if at > since and taker == id(link)
+                )
 
     def hold(self, holder: QoS) -> None:
         """Extend the leases of what *holder* holds, as long as it exists."""
@@ -132,15 +140,20 @@ class Ledger:
             messages, self._unconfirmed = self._unconfirmed, []
         return messages
 
-    def note_ack(self, token: bytes) -> None:
-        self._acks.append((time.monotonic(), token))
+    def note_ack(self, link: JetStream, token: bytes) -> None:
+        """Remember an acknowledgement that *link* took, but may not have carried."""
+        self._acks.append((time.monotonic(), id(link), token))
 
     def forward(self, token: bytes, payload: bytes) -> None:
-        """Send an outcome through any live connection, now or when there is one again."""
+        """Send an outcome through a later connection than the one that was just lost.
+
+        Not through one from before: whatever broke this one may have broken them, too, and they
+        take a message before they notice.
+        """
         with self._lock:
+            self.lost_at = time.monotonic()
             self._orphans.pop(token, None)
             self._unsent.append((token, payload))
-        self._flush()
 
     # -- the beat ------------------------------------------------------------------------------
 
@@ -191,20 +204,25 @@ class Ledger:
         if link is None:
             return
         with self._lock:
+            sent = list(self._unsent)
             try:
                 with link.connection.corked():
-                    while self._unsent:
-                        token, payload = self._unsent[0]
+                    for token, payload in sent:
                         link.connection.publish(token, payload)
-                        self._unsent.popleft()
             except ConnectionLost:
-                logger.debug("lost the connection with %d outcomes unsent", len(self._unsent))
+                logger.debug("lost the connection with %d outcomes unsent", len(sent))
+                return
+            for token, payload in sent:
+                self._unsent.popleft()
+                if payload == b"+ACK":
+                    self.note_ack(link, token)
 
     def _live_link(self) -> JetStream | None:
+        """Return the newest connection, if it was made after the last loss of one."""
         with self._lock:
-            for ref in reversed(self._links):
+            for attached_at, ref in reversed(self._links):
                 link = ref()
-                if link is not None and link.connection.is_open:
+                if link is not None and link.connection.is_open and attached_at >= self.lost_at:
                     return link
         return None
 
@@ -247,7 +265,7 @@ class Ledger:
 
     def _serve_idle(self, now: float) -> None:
         """Answer the PINGs of connections whose owner is busy or idle."""
-        for ref in list(self._links):
+        for _, ref in list(self._links):
             link = ref()
             if link is None or not link.connection.is_open:
                 continue
@@ -259,7 +277,7 @@ class Ledger:
     def _is_over(self) -> bool:
         """End the thread when nothing is connected and nothing is held."""
         with self._lock:
-            self._links = [ref for ref in self._links if ref() is not None]
+            self._links = [entry for entry in self._links if entry[1]() is not None]
             if self._links or self._orphans or self._unsent:
                 return False
             self._thread = None

@@ -24,6 +24,7 @@ from .errors import (
     ConnectionLost,
     JetStreamTransportError,
     JetStreamUnavailable,
+    NoServers,
     QueueMissing,
 )
 from .jetstream import STREAM_NOT_FOUND, JetStream
@@ -49,6 +50,9 @@ TICK = 1.0
 
 #: Deliveries handed on in one tick of an event loop, so that nothing else starves.
 MAX_PER_TICK = 256
+
+#: Seconds between tries to reach a server that was there before.
+RECONNECT_INTERVAL = 0.2
 
 #: Seconds for which the registry's news need not be read again before routing.
 NEWS_INTERVAL = 0.001
@@ -93,9 +97,8 @@ class Session:
         self.lock = threading.RLock()
         self.channels: list[Channel] = []
         self.transient: dict[str, TransientQueue] = {}
-        self.nats = NatsConnection(settings)
-        self.nats.connect()
         self.ledger = ledger_of(options)
+        self.nats = self._connect(settings)
         self.jetstream = JetStream(self.nats, options, self.ledger)
         self.publisher = Publisher(self.nats, options, self._stream_missing)
         self.registry = Registry(self.jetstream, self.publisher)
@@ -110,6 +113,30 @@ class Session:
         if options.publish_confirms == "pipelined":
             self.publisher.resend(self.ledger.take_unconfirmed())
             _flush_at_exit(self)
+
+    def _connect(self, settings: ConnectionSettings) -> NatsConnection:
+        """Connect, waiting for a server that was there a moment ago.
+
+        A restart takes seconds, and kombu's own tries are few (a producer's) or ever further
+        apart (a worker's, by 2 s each).  So for ``connect_timeout`` from its loss, a server this
+        process knew is waited for; by a worker at every try.  With other URLs to fail over to,
+        and for a server never seen, the first failure counts.
+        """
+        now = time.monotonic()
+        patience = settings.connect_timeout if not self.client.alt else 0.0
+        # Celery's worker asks for heartbeats on the connection it lives by.
+        patient = self.client.heartbeat and self.ledger.connected_before
+        end = now + patience if patient else self.ledger.lost_at + patience
+        while True:
+            connection = NatsConnection(settings)
+            try:
+                connection.connect()
+            except NoServers:
+                if time.monotonic() + RECONNECT_INTERVAL > end:
+                    raise
+                time.sleep(RECONNECT_INTERVAL)
+            else:
+                return connection
 
     # -- what kombu asks of a connection -------------------------------------------------------
 

@@ -110,6 +110,13 @@ class Transport(base.Transport):  # type: ignore[misc]  # kombu has no types
         if connection is not None:
             connection.abandon()
 
+    def qos_semantics_matches_spec(self, connection: Session) -> bool:
+        """Tell Celery that a prefetch limit covers the channel (RabbitMQ's ``global``).
+
+        It may then lower the limit after a reconnect, while tasks from before still run.
+        """
+        return False
+
     def verify_connection(self, connection: Session) -> bool:
         return connection.connected
 
