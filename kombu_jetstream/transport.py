@@ -71,10 +71,11 @@ class Transport(base.Transport):  # type: ignore[misc]  # kombu has no types
         Raises `OptionsError` for a bad URL or option, `NoServers` if none answers, or what a
         server has against us: `AuthenticationFailed`, `TLSNotOffered`, `CertificateRejected`.
         """
-        parsed, settings = self._parse()
+        parsed, settings = self.settings()
         return Session(self.client, parsed, settings)
 
-    def _parse(self) -> tuple[options.Options, ConnectionSettings]:
+    def settings(self) -> tuple[options.Options, ConnectionSettings]:
+        """Return what the URL, the transport options and ``broker_use_ssl`` say, checked."""
         client = self.client
         parsed = options.Options.parse(self._url(), client.transport_options or {})
         context = tls.ssl_context(client.ssl, parsed.tls)
