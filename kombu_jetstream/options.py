@@ -17,7 +17,6 @@ Reference for users: docs/reference/options.md, which a test compares with the f
 from __future__ import annotations
 
 import ipaddress
-import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +25,18 @@ from typing import Any, Literal, TypeAlias
 from urllib.parse import quote, unquote
 
 from .errors import OptionsError, shortened
+from .rules import (
+    BYTES,
+    COUNT,
+    SECONDS,
+    SECONDS_OR_ZERO,
+    SWITCH,
+    TEXT,
+    Rule,
+    matching,
+    one_of,
+    whole,
+)
 
 __all__ = [
     "IGNORED_OPTIONS",
@@ -100,81 +111,6 @@ IGNORED_OPTIONS = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class _Rule:
-    """What a value has to be: the words for it, the check, and how text becomes one."""
-
-    #: Completes "expected 'name' to be …".
-    expected: str
-    #: Returns the value as it is stored; raises ValueError or TypeError for a bad one.
-    accept: Callable[[Any], Any]
-    from_text: Callable[[str], object] = str
-
-    def or_none(self) -> _Rule:
-        """Return this rule with None allowed too; in a URL ``none``, unless any text will do."""
-
-        def accept(value: Any) -> Any:
-            return None if value is None else self.accept(value)
-
-        def from_text(text: str) -> object:
-            return None if text.lower() == "none" else self.from_text(text)
-
-        is_text = self.from_text is str
-        return _Rule(f"{self.expected} or None", accept, str if is_text else from_text)
-
-
-def _seconds(*, zero: bool) -> Callable[[Any], float]:
-    def accept(value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError
-        if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
-            raise ValueError
-        return float(value)
-
-    return accept
-
-
-def _whole(low: int, high: float = math.inf) -> Callable[[Any], int]:
-    def accept(value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError
-        if not low <= value <= high:
-            raise ValueError
-        return value
-
-    return accept
-
-
-def _one_of(*choices: object) -> _Rule:
-    def accept(value: Any) -> Any:
-        if isinstance(value, bool):  # True == 1
-            raise TypeError
-        return choices[choices.index(value)]  # or ValueError
-
-    return _Rule("one of " + ", ".join(map(repr, choices)), accept, type(choices[0]))
-
-
-def _matching(pattern: str) -> Callable[[Any], str]:
-    compiled = re.compile(pattern)
-
-    def accept(value: Any) -> str:
-        if not compiled.fullmatch(value):
-            raise ValueError
-        return str(value)
-
-    return accept
-
-
-def _switch(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError
-    return value
-
-
-def _switch_from_text(text: str) -> object:
-    return {"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text)
-
-
 def _path(value: Any) -> str:
     path = os.fspath(value)
     if not isinstance(path, str) or not path or "\0" in path:
@@ -192,20 +128,14 @@ def _servers(value: Any) -> tuple[Server, ...]:
     return found
 
 
-_SECONDS = _Rule("seconds > 0", _seconds(zero=False), float)
-_SECONDS_OR_ZERO = _Rule("seconds >= 0", _seconds(zero=True), float)
-_COUNT = _Rule("a whole number >= 1", _whole(1), int)
-_BYTES = _Rule("a whole number of bytes >= 1", _whole(1), int)
-_SWITCH = _Rule("True or False", _switch, _switch_from_text)
-_TEXT = _Rule("text that is not empty", _matching(r"(?s).+"))
-_FILE = _Rule("the path of a file", _path)
+_FILE = Rule("the path of a file", _path)
 #: NATS forbids blanks, '.', '*' and '>' in one token of a subject (ADR-6).
-_TOKEN = _Rule(r"one NATS subject token, without blanks, '.', '*' and '>'", _matching(r"[^\s.*>]+"))
+_TOKEN = Rule(r"one NATS subject token, without blanks, '.', '*' and '>'", matching(r"[^\s.*>]+"))
 
 _NAME_PATTERN = r"[A-Za-z0-9_-]{1,64}"
 
 
-def _option(default: Any, rule: _Rule, *, secret: bool = False) -> Any:
+def _option(default: Any, rule: Rule, *, secret: bool = False) -> Any:
     """Return a dataclass field that carries its rule; a *secret* one is shown to nobody."""
     return field(default=default, metadata={"rule": rule, "secret": secret})
 
@@ -220,96 +150,96 @@ class Options:
     #: First part of the names of all streams and subjects; the path of the URL.
     namespace: str = _option(
         DEFAULT_NAMESPACE,
-        _Rule("1 to 64 letters, digits, '_' or '-'", _matching(_NAME_PATTERN)),
+        Rule("1 to 64 letters, digits, '_' or '-'", matching(_NAME_PATTERN)),
     )
 
     #: Host and port of each server, in the order they are tried; from the URL.
     servers: tuple[Server, ...] = _option(
-        (("localhost", DEFAULT_PORT),), _Rule("pairs of host and port", _servers)
+        (("localhost", DEFAULT_PORT),), Rule("pairs of host and port", _servers)
     )
-    user: str | None = _option(None, _TEXT.or_none())
-    password: str | None = _option(None, _Rule("text", _matching(r"(?s).*")).or_none(), secret=True)
-    token: str | None = _option(None, _TEXT.or_none(), secret=True)
+    user: str | None = _option(None, TEXT.or_none())
+    password: str | None = _option(None, Rule("text", matching(r"(?s).*")).or_none(), secret=True)
+    token: str | None = _option(None, TEXT.or_none(), secret=True)
     #: File with a user JWT and its nkey seed (``nsc`` writes it).
     credentials_file: str | None = _option(None, _FILE.or_none())
     #: File with an nkey seed alone.
     nkey_seed_file: str | None = _option(None, _FILE.or_none())
     #: The scheme was ``jetstreams://``, or `tls_handshake_first` is on: no connection without TLS.
-    tls: bool = _option(False, _SWITCH)
+    tls: bool = _option(False, SWITCH)
     #: TLS before the server's first line; for servers with ``handshake_first``.
-    tls_handshake_first: bool = _option(False, _SWITCH)
+    tls_handshake_first: bool = _option(False, SWITCH)
     #: Name the server's certificate must have, if it is not the host of the URL.
-    tls_hostname: str | None = _option(None, _TEXT.or_none())
+    tls_hostname: str | None = _option(None, TEXT.or_none())
     #: Seconds between PINGs of our own; two without an answer mean a dead server.
-    ping_interval: float = _option(30.0, _SECONDS)
+    ping_interval: float = _option(30.0, SECONDS)
     #: Subject prefix of replies; must be among what the server lets this user subscribe to.
     inbox_prefix: str = _option(
         "_INBOX",
-        _Rule(
+        Rule(
             "a NATS subject without blanks, '*', '>' and empty parts",
-            _matching(r"[^\s.*>]+(\.[^\s.*>]+)*"),
+            matching(r"[^\s.*>]+(\.[^\s.*>]+)*"),
         ),
     )
 
     #: Seconds the server waits for an ack or a renewal before it redelivers.  kombu's Redis
     #: transport has 3600; ours is short because held deliveries are renewed each third of it.
-    visibility_timeout: float = _option(30.0, _SECONDS)
+    visibility_timeout: float = _option(30.0, SECONDS)
     #: Seconds after which a delivery is renewed no more, so that a stuck task moves on.
-    lease_limit: float | None = _option(None, _SECONDS.or_none())
+    lease_limit: float | None = _option(None, SECONDS.or_none())
     #: Wait for the server to confirm each ack.
-    ack_confirm: bool = _option(False, _SWITCH)
+    ack_confirm: bool = _option(False, SWITCH)
     #: Deliveries of one message after which it becomes a dead letter (20 as RabbitMQ's quorum
     #: queues); 0 is None.
     max_deliveries: int | None = _option(
-        20, _Rule("a whole number >= 0", lambda value: _whole(0)(value) or None, int).or_none()
+        20, Rule("a whole number >= 0", lambda value: whole(0)(value) or None, int).or_none()
     )
     #: Messages kept for a transient queue that has no consumer yet; the oldest go first.
-    transient_buffer: int = _option(10_000, _COUNT)
+    transient_buffer: int = _option(10_000, COUNT)
 
-    publish_confirms: Literal["each", "pipelined"] = _option("each", _one_of("each", "pipelined"))
+    publish_confirms: Literal["each", "pipelined"] = _option("each", one_of("each", "pipelined"))
     #: Unconfirmed messages at most, when pipelined.
-    publish_window: int = _option(256, _COUNT)
+    publish_window: int = _option(256, COUNT)
     #: Seconds for one publish in all, retries included.
-    publish_timeout: float = _option(10.0, _SECONDS)
+    publish_timeout: float = _option(10.0, SECONDS)
     #: Seconds in which the stream knows a message id again.
-    dedup_window: float = _option(120.0, _SECONDS)
+    dedup_window: float = _option(120.0, SECONDS)
     #: Seconds ahead from which an eta waits in the server instead of in a worker.
-    delay_threshold: float = _option(1.0, _SECONDS_OR_ZERO)
+    delay_threshold: float = _option(1.0, SECONDS_OR_ZERO)
 
     #: Priority levels, each a stream; 1 switches priorities off.
-    priority_levels: int = _option(3, _one_of(1, 3))
+    priority_levels: int = _option(3, one_of(1, 3))
     #: Whether 9 (amqp) or 0 (redis) is the most urgent.
-    priority_order: Literal["amqp", "redis"] = _option("amqp", _one_of("amqp", "redis"))
+    priority_order: Literal["amqp", "redis"] = _option("amqp", one_of("amqp", "redis"))
     #: A lower level gets at least one of this many deliveries.
-    starvation_guard: int = _option(20, _COUNT)
+    starvation_guard: int = _option(20, COUNT)
 
-    provision: Literal["auto", "verify", "off"] = _option("auto", _one_of("auto", "verify", "off"))
+    provision: Literal["auto", "verify", "off"] = _option("auto", one_of("auto", "verify", "off"))
     jetstream_domain: str | None = _option(None, _TOKEN.or_none())
     #: Copies of each stream in a cluster (the server takes 1 to 5).
-    stream_replicas: int = _option(1, _Rule("a whole number from 1 to 5", _whole(1, 5), int))
-    stream_storage: Literal["file", "memory"] = _option("file", _one_of("file", "memory"))
+    stream_replicas: int = _option(1, Rule("a whole number from 1 to 5", whole(1, 5), int))
+    stream_storage: Literal["file", "memory"] = _option("file", one_of("file", "memory"))
     #: Bytes of each level's stream; full streams refuse messages.
-    stream_max_bytes: int | None = _option(None, _BYTES.or_none())
+    stream_max_bytes: int | None = _option(None, BYTES.or_none())
     #: Seconds after which a queued message is dropped.
-    stream_max_age: float | None = _option(None, _SECONDS.or_none())
+    stream_max_age: float | None = _option(None, SECONDS.or_none())
     #: Seconds a dead letter is kept.
-    dead_letter_max_age: float | None = _option(14 * 24 * 60 * 60.0, _SECONDS.or_none())
+    dead_letter_max_age: float | None = _option(14 * 24 * 60 * 60.0, SECONDS.or_none())
     #: Bytes of dead letters.
-    dead_letter_max_bytes: int | None = _option(1024**3, _BYTES.or_none())
+    dead_letter_max_bytes: int | None = _option(1024**3, BYTES.or_none())
 
     fallback_url: str | None = _option(
         None,
-        _Rule(
-            "a redis://, rediss:// or unix:// URL", _matching(r"(?s)(?:rediss?|unix)://.*")
+        Rule(
+            "a redis://, rediss:// or unix:// URL", matching(r"(?s)(?:rediss?|unix)://.*")
         ).or_none(),
         secret=True,
     )
     #: Seconds JetStream must have failed before producers write to Redis.
-    fallback_after: float = _option(2.0, _SECONDS_OR_ZERO)
+    fallback_after: float = _option(2.0, SECONDS_OR_ZERO)
     #: Seconds without a sign of life after which a worker's Redis deliveries are taken back.
-    fallback_liveness_timeout: float = _option(30.0, _SECONDS)
+    fallback_liveness_timeout: float = _option(30.0, SECONDS)
     migration_phase: Literal["redis", "dual-write", "dual-read", "jetstream"] = _option(
-        "jetstream", _one_of("redis", "dual-write", "dual-read", "jetstream")
+        "jetstream", one_of("redis", "dual-write", "dual-read", "jetstream")
     )
 
     def __post_init__(self) -> None:
@@ -428,11 +358,8 @@ def _known(name: object, *, in_url: bool = False) -> Field[Any]:
 
 def _checked(each: Field[Any], value: Any, *, is_text: bool = False) -> Any:
     """Return a value as it is stored; *is_text* if it has to be converted first."""
-    rule: _Rule = each.metadata["rule"]
-    try:
-        return rule.accept(rule.from_text(value) if is_text else value)
-    except (ValueError, TypeError, OverflowError):
-        raise OptionsError.bad_value(each.name, "", rule.expected, _shown(each, value)) from None
+    rule: Rule = each.metadata["rule"]
+    return rule.checked(value, each.name, shown=_shown(each, value), is_text=is_text)
 
 
 def _shown(each: Field[Any], value: object) -> str:
