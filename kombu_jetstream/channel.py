@@ -580,6 +580,9 @@ class Channel(base.StdChannel):  # type: ignore[misc]  # kombu has no types
             delivery.settler.settle(delivery, "nak")
             return
         self._pulls.received(source, pending)
+        if attempt > 1 and self._session.ledger.held_again(msg.reply):
+            self._pulls.settled()
+            return
         self.qos.hold(delivery)
         self.ready.push(delivery, source.level)
         self._session.wake_loop()

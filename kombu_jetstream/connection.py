@@ -143,6 +143,7 @@ class NatsConnection:
         self._requests: dict[bytes, tuple[bytes, ReplyHandler]] = {}
         self._denials: deque[PermissionDenied] = deque(maxlen=MAX_DENIALS)
         self._heard = True
+        self._reads = self._reads_seen = 0
         self._ping_due = 0.0
         self._pings_out = 0
 
@@ -568,6 +569,16 @@ class NatsConnection:
             self._usable()
         self._ping_due = now + self.settings.ping_interval
 
+    def read_neglected(self) -> None:
+        """Read what is there if nobody did since the last call: its reader does something long.
+
+        Call it from time to time, from another thread than the one that reads.
+        """
+        if self._reads == self._reads_seen and self.read_available():
+            # It may wait in an event loop by now, for bytes that are read: the PONG wakes it.
+            self._ping(_nothing)
+        self._reads_seen = self._reads
+
     def _lead(self, timeout: float | None, turns: int | None = None, writing: bool = False) -> bool:
         """Wait once for the socket, read and dispatch; return whether anything came.
 
@@ -628,6 +639,7 @@ class NatsConnection:
         the descriptor does not show.
         """
         sock = self._usable()
+        self._reads += 1
         try:
             data = sock.recv(READ_BYTES)
             if data:

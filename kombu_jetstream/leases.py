@@ -70,6 +70,13 @@ def due(
     ]
 
 
+def message_of(token: bytes) -> tuple[bytes, bytes]:
+    """Return the stream and the sequence number of the message *token* settles (ADR-15)."""
+    words = token.split(b".")
+    at = 2 if len(words) == 9 else 4
+    return (words[at], words[at + 3]) if len(words) >= 9 else (token, b"")
+
+
 class Ledger:
     """What this process holds of one broker, and the thread that keeps it."""
 
@@ -160,6 +167,7 @@ class Ledger:
     def beat(self, now: float) -> None:
         """Extend every lease that is due; called by the thread, and by tests."""
         self._settle_orphans(now)
+        self._read_neglected()
         options = self.options
         for holder in list(self._holders):
             deliveries = due(
@@ -262,6 +270,40 @@ class Ledger:
                 logger.exception("leases: a beat failed, the next one tries again")
             if self._is_over():
                 return
+
+    def _read_neglected(self) -> None:
+        """Take in what a blocked main thread (solo pool) leaves in the socket.
+
+        Its lease runs since the server sent it, and cannot be extended before it is read.
+        """
+        for _, ref in list(self._links):
+            link = ref()
+            if link is None or not link.connection.is_open:
+                continue
+            try:
+                link.connection.read_neglected()
+            except JetStreamTransportError as exc:
+                logger.debug("a connection was lost while nobody read it: %s", exc)
+
+    def held_again(self, token: bytes) -> bool:
+        """Tell whether a redelivered message is one this process holds, and hold it by *token*.
+
+        The server gave it up while the process was stopped, or was too busy to read.
+        """
+        message = message_of(token)
+        for holder in list(self._holders):
+            for delivery in holder.deliveries():
+                if not delivery.settled and message_of(delivery.token) == message:
+                    delivery.token = token
+                    return True
+        with self._lock:
+            for known, delivery in list(self._orphans.items()):
+                if not delivery.settled and message_of(known) == message:
+                    del self._orphans[known]
+                    delivery.token = token
+                    self._orphans[token] = delivery
+                    return True
+        return False
 
     def _serve_idle(self, now: float) -> None:
         """Answer the PINGs of connections whose owner is busy or idle."""
