@@ -13,6 +13,9 @@ How it works:
 
 - ``_lock`` guards the socket, the bytes to be written and the parser; it is never held while
   waiting or while a handler runs.  (An `SSLSocket` must not be used by two threads at once.)
+- A signal handler or a finaliser may come in the middle of all that, in the same thread.  What it
+  writes is sent by the call it interrupted.  When it raises (Celery's soft time limit does) in the
+  middle of a socket call the connection is lost, as nobody knows how far that got.
 - ``_reader`` is a role.  Its holder alone polls for reading, reads and dispatches, so that what
   came keeps its order; the others who `wait` sleep until ``_turns`` moves, then look again.
 - ``_writer`` is the thread that waits for room in a full socket.  One is enough, and eventlet
@@ -148,7 +151,8 @@ class NatsConnection:
         self._pings_out = 0
 
     def _make_locks(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._is_sending = self._is_receiving = False
         self._changed = threading.Condition(self._lock)
         self._reader = threading.RLock()
         self._writer: int | None = None
@@ -449,11 +453,17 @@ class NatsConnection:
     def _send(self) -> bool:
         """Write what the socket takes; return whether that was all.  The lock is held."""
         sock, out = self._usable(), self._out
+        if self._is_sending:
+            return True  # the call we interrupted sends this too
+        self._is_sending = True
         try:
             while out:
-                # After SSLWantWriteError OpenSSL must see the same bytes again, more are fine:
-                # `out` only grows at its end meanwhile.
-                del out[: sock.send(out)]
+                # OpenSSL must see what it could not send again, with more behind it or not:
+                # `out` grows at its end only.
+                sent = sock.send(out)
+                if not sent:  # gevent's SSLSocket does not raise
+                    return False
+                del out[:sent]
         except BLOCKED:
             return False
         except OSError as exc:
@@ -463,6 +473,11 @@ class NatsConnection:
                 more, lost = self._receive()
             self._fail(lost if lost is not None else self._explain(exc))
             self._usable()
+        except BaseException:
+            self._fail(ConnectionLost("interrupted while writing, nobody knows how far"))
+            raise
+        finally:
+            self._is_sending = False
         return True
 
     def _wait_for_room(self) -> None:
@@ -639,6 +654,9 @@ class NatsConnection:
         the descriptor does not show.
         """
         sock = self._usable()
+        if self._is_receiving:
+            return False, None  # the call we interrupted reads it
+        self._is_receiving = True
         self._reads += 1
         try:
             data = sock.recv(READ_BYTES)
@@ -654,6 +672,11 @@ class NatsConnection:
             return False, exc
         except OSError as exc:
             return False, self._explain(exc)
+        except BaseException:
+            self._fail(ConnectionLost("interrupted while reading, something is missing"))
+            raise
+        finally:
+            self._is_receiving = False
         return False, self._explain(None)
 
     # What came

@@ -1158,3 +1158,78 @@ def test_nats_py_and_we_understand_each_other(nats_server: NatsServer) -> None:
 
     assert ours["type"] == api_request(nats_server.url, "INFO")["type"]
     connection.close()
+
+
+# Signals
+
+
+@pytest.fixture
+def interrupt() -> Iterator[Callable[[Callable[[], None]], None]]:
+    """Runs a function in a signal handler of this thread, thousands of times a second."""
+
+    def begin(work: Callable[[], None]) -> None:
+        signal.signal(signal.SIGALRM, lambda *_: work())
+        signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
+
+    previous = signal.getsignal(signal.SIGALRM)
+    yield begin
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, previous)
+
+
+def test_signal_handler_may_publish(
+    connect: Connect, interrupt: Callable[[Callable[[], None]], None]
+) -> None:
+    connection = connect()
+    from_handler: list[int] = []
+    got: dict[bytes, list[int]] = {b"main": [], b"handler": []}
+    for subject, numbers in got.items():
+        connection.subscribe(subject, lambda msg, to=numbers: to.append(int(msg.payload)))
+
+    def publish() -> None:
+        from_handler.append(len(from_handler))
+        connection.publish(b"handler", b"%d" % from_handler[-1])
+
+    interrupt(publish)
+    for number in range(20_000):
+        connection.publish(b"main", b"%d" % number)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    connection.round_trip(5)
+
+    assert from_handler
+    assert got == {b"main": list(range(20_000)), b"handler": from_handler}
+
+
+class SoftTimeLimit(Exception):
+    pass
+
+
+def test_exception_of_a_signal_handler_never_garbles_what_is_sent(
+    connect: Connect, interrupt: Callable[[Callable[[], None]], None]
+) -> None:
+    subscriber = connect()
+    body = b"x" * 3000
+    got: set[bytes] = set()
+    subscriber.subscribe(b"limits", lambda msg: got.add(msg.payload))
+    subscriber.round_trip(2)
+    reasons: list[str] = []
+
+    def expire() -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        raise SoftTimeLimit
+
+    for _ in range(200):
+        connection = connect()
+        with pytest.raises(SoftTimeLimit):  # noqa: PT012
+            interrupt(expire)
+            while True:
+                connection.publish(b"limits", body)
+        try:
+            connection.round_trip(5)
+        except ConnectionLost as exc:
+            reasons.append(str(exc))
+        connection.close()
+    subscriber.round_trip(5)
+
+    assert got == {body}
+    assert all("interrupted while" in reason for reason in reasons)
