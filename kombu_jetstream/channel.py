@@ -28,6 +28,7 @@ from .errors import (
     ExchangeMissing,
     JetStreamTransportError,
     MalformedMessage,
+    NoRoute,
     NotSupported,
     PreconditionFailed,
     QueueMissing,
@@ -377,7 +378,7 @@ class Channel(base.StdChannel):  # type: ignore[misc]  # kombu has no types
         seconds = confirm_timeout if confirm_timeout is not None else timeout
         routed = self._outgoing.publish(message, exchange, routing_key, mandatory, seconds)
         if not routed:
-            returned = NotSupported(f"a message to {exchange!r} with {routing_key!r}: NO_ROUTE")
+            returned = NoRoute(exchange, routing_key)
             for callback in list(self.events["basic_return"]):
                 callback(returned, exchange, routing_key, message)
 
@@ -463,7 +464,7 @@ class Channel(base.StdChannel):  # type: ignore[misc]  # kombu has no types
     def _auto_delete(self, queue: str) -> None:
         """Delete an auto-delete queue whose last consumer left; others still pull, or hold."""
         session = self._session
-        if not self._is_auto_delete(queue) or not session.connected:
+        if not self._is_auto_delete(queue) or not session.nats.is_open:
             return
         session.nats.round_trip(session.options.publish_timeout)  # our pulls are withdrawn
         counts = session.jetstream.counts(queue, auto_delete=True)
@@ -472,6 +473,9 @@ class Channel(base.StdChannel):  # type: ignore[misc]  # kombu has no types
 
     def consumers_of(self, queue: str) -> list[_Consumer]:
         return [consumer for consumer in self._consumers.values() if consumer.queue == queue]
+
+    def has_consumers(self) -> bool:
+        return bool(self._consumers)
 
     def has_room(self) -> bool:
         """Tell whether the prefetch limit lets another delivery in."""

@@ -554,6 +554,17 @@ class NatsConnection:
                     if self._turns == turns:
                         self._changed.wait(left)
 
+    def dispatch_received(self) -> None:
+        """Dispatch what came before the connection was lost and nobody was told of yet.
+
+        A write may have found the loss, and read what the server had sent until then.
+        """
+        if self._reader.acquire(blocking=False):
+            try:
+                self._dispatch()
+            finally:
+                self._reader.release()
+
     def round_trip(self, timeout: float) -> None:
         """Return when the server has dealt with all that was sent before.
 

@@ -446,7 +446,7 @@ class JetStream:
                 self.ledger.forward(delivery.token, payload)
         else:
             if outcome == "ack":
-                self.ledger.note_ack(delivery.token)
+                self.ledger.note_ack(self, delivery.token)
 
     def _confirmed(self, token: bytes, payload: bytes) -> None:
         try:

@@ -2,18 +2,25 @@
 
 *Theory of operation.*  A channel has a limit (its prefetch) and a set of sources, one per queue
 and level.  ``credit = limit - held - asked``: what it may still ask for.  Each delivery says how
-many messages its consumer has left, so a source is known to be *backlogged* or not without asking.
+many messages its consumer has left, so a source is known to have a backlog without asking.
 
-- No backlog anywhere: every source has a pull that waits on the server (`Pull.wait`), so a new
-  message arrives without a round trip.  Pulls expire and are renewed every `PULL_EXPIRES` seconds.
-- A backlog: the most urgent backlogged level gets the credit, shared between its queues in turn.
-  Sources of the same or a more urgent level that have no pull are probed (`no_wait`, at most once
-  in `RECHECK` seconds); less urgent ones are not asked, but for the starvation guard.
-- No room: pulls that still wait on the server are cancelled, so that a worker busy with long
-  tasks takes nothing away from one that is free.
+- No backlog anywhere: every source has a pull that *waits* on the server, so a new message
+  arrives without a round trip.  Waiting pulls expire and are renewed every `PULL_EXPIRES` seconds.
+- A backlog: the most urgent level that has one gets the credit, shared between its queues in turn,
+  in pulls that take what is there (`no_wait`): a backlog that other workers took away ends them at
+  once.  Empty sources of that and more urgent levels are probed once in `RECHECK` seconds; less
+  urgent ones are not asked, but for the starvation guard.
+- No room: the waiting pulls are withdrawn, so that a worker busy with long tasks takes nothing
+  away from one that is free.
 
-*Bound.*  Held deliveries exceed the limit only while the sources outnumber the limit (each idle
-source waits with a batch of at least 1), or by messages that crossed a cancel on the wire.
+*Exact accounting.*  The server hands a consumer's messages to its pulls in turn, and a delivery
+does not say which pull it answers.  So a source has at most one pull in each *slot*, each slot has
+a subscription of its own, and the subscription says it.  `WAIT_SLOT` is withdrawn as a whole by
+ending its subscription; the pulls of the other slots end by themselves within a round trip.
+
+*Bound.*  Held deliveries exceed the limit only when several sources deliver at the same moment, by
+at most one for each source but one (an idle source waits with a batch of at least 1), or by
+messages that crossed a withdrawal on the wire.
 
 The less urgent levels are served at least once in ``guard`` deliveries.  Nothing here does I/O or
 reads a clock: ``now`` comes in, commands go out.
@@ -22,11 +29,11 @@ reads a clock: ``now`` comes in, commands go out.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-__all__ = ["Cancel", "Pull", "Pulls", "Ready", "Source"]
+__all__ = ["SLOTS", "WAIT_SLOT", "Cancel", "Pull", "Pulls", "Ready", "Source"]
 
 #: Seconds a pull waits on the server.  A frozen worker attracts messages no longer than this.
 PULL_EXPIRES = 30.0
@@ -34,7 +41,7 @@ PULL_EXPIRES = 30.0
 #: Seconds between the server's signs of life on a waiting pull; two missed ones renew it.
 IDLE_HEARTBEAT = 5.0
 
-#: Seconds for which a level found empty is taken for empty while another has a backlog.
+#: Seconds between looks at sources that were found empty, while another has a backlog.
 RECHECK = 0.01
 
 #: Probes sent in one go, so that hundreds of idle queues do not slow a busy one.
@@ -50,6 +57,12 @@ UNLIMITED = 10_000
 #: each time up to the last.
 RETRY_DELAYS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0)
 
+#: The slot of waiting pulls.
+WAIT_SLOT = 0
+
+#: All slots.  Two for pulls of a backlog: the next one is under way before the last one is over.
+SLOTS = 3
+
 
 @dataclass(slots=True, eq=False)
 class Source:
@@ -64,30 +77,48 @@ class Source:
     pending: int = 0
     #: when the source was last seen empty
     checked: float = float("-inf")
-    #: last sign of life of a waiting pull
-    seen: float = 0.0
     retry_at: float = 0.0
     failures: int = 0
-    pulls: deque[list[int]] = field(default_factory=deque)
+    #: outstanding pulls by slot
+    pulls: list[_Outstanding | None] = field(default_factory=lambda: [None] * SLOTS)
 
     @property
     def backlog(self) -> int:
-        return self.pending - self.asked
+        """How many messages are left to ask for, as far as is known.
+
+        None beyond a waiting pull: either that one gets them at once, or other workers got them.
+        """
+        return self.pending - self.asked if self.pulls[WAIT_SLOT] is None else 0
+
+
+@dataclass(slots=True, eq=False)
+class _Outstanding:
+    """A pull the server has: how many messages are to come, and its last sign of life."""
+
+    pull_id: int
+    source: Source
+    slot: int
+    left: int
+    seen: float
 
 
 @dataclass(frozen=True, slots=True)
 class Pull:
-    """Ask *source* for *batch* messages; *wait* on the server for them, or take what is there."""
+    """Ask *source* for *batch* messages; in `WAIT_SLOT` wait for them, else take what is there."""
 
     source: Source
     pull_id: int
     batch: int
-    wait: bool
+    slot: int
+
+    @property
+    def wait(self) -> bool:
+        return self.slot == WAIT_SLOT
 
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Withdraw every pull; their sources are empty."""
+    """Withdraw every waiting pull."""
 
 
 class Pulls:
@@ -96,206 +127,285 @@ class Pulls:
     def __init__(self, *, guard: int, limit: int = 0) -> None:
         self.sources: list[Source] = []
         self.held = 0
+        self.guard = guard
+        #: by level: deliveries of more urgent levels handed on since its own last one
         self.since_served = [0, 0, 0]
-        self._guard = guard
+        #: by level: deliveries that arrived and were not handed on yet
+        self.buffered = [0, 0, 0]
+        self.limit = UNLIMITED
         self._asked = 0
         self._levels: list[list[Source]] = [[], [], []]
+        #: by level: sources that have messages left, the next one to be served first
+        self._hot: list[dict[Source, None]] = [{}, {}, {}]
+        #: sources without a pull
+        self._unasked: dict[Source, None] = {}
+        self._outstanding: dict[int, _Outstanding] = {}
+        #: how many of these wait
+        self._waiting = 0
+        #: waiting pulls ask for too much, or may be lost
+        self._recall = False
+        self._probed_at = float("-inf")
+        #: by level: the starvation guard's next turn is a look around
+        self._look_around = [False, False, False]
         self._next_id = 0
         self.set_limit(limit)
 
     def set_limit(self, limit: int) -> None:
         """Take a new prefetch count; 0 means unlimited, which is `UNLIMITED`."""
-        self.limit = limit if limit > 0 else UNLIMITED
+        before, self.limit = self.limit, limit if limit > 0 else UNLIMITED
         self._enough = max(1, min(self.limit, MAX_BATCH) // 2)
+        if self.limit < before:
+            self._recall = True
 
     def add(self, source: Source) -> None:
         self.sources.append(source)
         self._levels[source.level].append(source)
+        self._unasked[source] = None
 
     def remove(self, source: Source) -> None:
-        self._drop_pulls(source)
+        """Forget *source*; the caller withdraws the waiting pulls, and calls `forget`."""
+        for pull in source.pulls:
+            if pull is not None:
+                self._end(pull)
         self.sources.remove(source)
         self._levels[source.level].remove(source)
+        self._hot[source.level].pop(source, None)
+        del self._unasked[source]
 
-    def received(self, source: Source, pending: int) -> None:
-        """Count a delivery; *pending* is what its consumer has left after it."""
+    def received(self, source: Source, pending: int, slot: int | None, now: float) -> None:
+        """Count a delivery; *pending* is what its consumer has left after it.
+
+        *slot* is None for one that crossed a withdrawal.
+        """
         self.held += 1
-        source.pending = pending
         source.failures = 0
-        if source.asked:
+        if pending:
+            source.pending = pending
+            self._hot[source.level][source] = None
+        else:
+            self._found_empty(source, now)
+        pull = source.pulls[slot] if slot is not None else None
+        if pull is not None:
+            pull.seen = now
+            pull.left -= 1
             source.asked -= 1
             self._asked -= 1
-            pulls = source.pulls
-            head = pulls[0]
-            head[1] -= 1
-            if not head[1]:
-                pulls.popleft()
+            if not pull.left:
+                self._end(pull)
 
     def settled(self, count: int = 1) -> None:
         """Count *count* deliveries as no longer held."""
         self.held -= count
 
-    def heard(self, source: Source, now: float) -> None:
+    def heard(self, pull_id: int, now: float) -> None:
         """Note a heartbeat."""
-        source.seen = now
+        pull = self._outstanding.get(pull_id)
+        if pull is not None:
+            pull.seen = now
 
-    def ended(self, source: Source, pull_id: int, now: float, *, failed: bool = False) -> None:
-        """Note that a pull is over: served in part, expired, found nothing, or *failed*."""
-        known = any(pull[0] == pull_id for pull in source.pulls)
-        while known and source.pulls:  # the server serves pulls in order, so earlier ones are over
-            ended_id, left = source.pulls.popleft()
-            source.asked -= left
-            self._asked -= left
-            if ended_id == pull_id:
-                break
+    def ended(self, pull_id: int, now: float, *, failed: bool = False) -> Source | None:
+        """Note that a pull is over: served in part, expired, found nothing, or *failed*.
+
+        Returns its source, or None if the pull was withdrawn before.
+        """
+        pull = self._outstanding.get(pull_id)
+        if pull is None:
+            return None
+        self._end(pull)
+        source = pull.source
         if failed:
             delay = RETRY_DELAYS[min(source.failures, len(RETRY_DELAYS) - 1)]
             source.retry_at = now + delay
             source.failures += 1
         else:
             source.failures = 0
-            source.pending = 0
-            source.checked = now
-            if not any(peer.pending for peer in self._levels[source.level]):
+            self._found_empty(source, now)
+            if not self._hot[source.level]:
                 self.since_served[source.level] = 0
-
-    def next_wake(self) -> float | None:
-        """Return when `plan` has something to do even if nothing happens, or None."""
-        times = [
-            source.seen + 2 * IDLE_HEARTBEAT if source.asked else source.retry_at
-            for source in self.sources
-        ]
-        return min(times) if times else None
+        return source
 
     def plan(self, now: float) -> list[Pull | Cancel]:
         """Return what to tell the server now."""
-        if self.held >= self.limit:
-            return self._cancel(now) if self._asked else []
-        level = self._backlogged_level()
+        commands: list[Pull | Cancel] = []
+        if self.held >= self.limit or self._recall:
+            self._recall = False
+            commands = self._cancel(now)
+            if self.held >= self.limit:
+                return commands
+        level = self._backlogged_level(now)
         if level is None:
-            return self._wait_everywhere(now)
-        return self._serve(level, now)
+            return commands + self._wait_everywhere(now)
+        return commands + self._serve(level, now)
 
     def renew_silent(self, now: float) -> None:
-        """Forget pulls that missed two heartbeats, so that `plan` makes new ones."""
-        for source in self.sources:
-            if source.asked and now - source.seen > 2 * IDLE_HEARTBEAT:
-                self._drop_pulls(source)
+        """Give up pulls that missed two heartbeats, so that `plan` makes new ones."""
+        for pull in list(self._outstanding.values()):
+            if now - pull.seen > 2 * IDLE_HEARTBEAT:
+                if pull.slot == WAIT_SLOT:
+                    self._recall = True  # the server may have it still; two would add up
+                else:
+                    self._end(pull)
 
-    def _backlogged_level(self) -> int | None:
-        for level, sources in enumerate(self._levels):
+    def forget(self, now: float) -> None:
+        """Take every waiting pull for withdrawn."""
+        for pull in list(self._outstanding.values()):
+            if pull.slot == WAIT_SLOT:
+                source = pull.source
+                if source.pending <= source.asked:
+                    self._found_empty(source, now)
+                self._end(pull)
+
+    def _backlogged_level(self, now: float) -> int | None:
+        for level, sources in enumerate(self._hot):
             for source in sources:
-                if source.pending > source.asked:
+                if source.backlog > 0 and source.retry_at <= now:
                     return level
         return None
 
     def _wait_everywhere(self, now: float) -> list[Pull | Cancel]:
+        """Have a pull wait for every source, each with its share of the credit."""
+        sources = [source for source in self._unasked if source.retry_at <= now]
+        if not sources:
+            return []
         commands: list[Pull | Cancel] = []
-        share = 0
-        for source in self.sources:
-            if source.asked or source.retry_at > now:
-                continue
-            if not share:
-                credit = self.limit - self.held - self._asked
-                share = max(1, credit // len(self.sources))
-            commands.append(self._pull(source, share, now, wait=True))
+        credit = self.limit - self.held - self._asked
+        if credit < len(sources) and self._can_share_more():
+            commands += self._cancel(now)
+            sources = [source for source in self._unasked if source.retry_at <= now]
+            credit = self.limit - self.held - self._asked
+        share = max(1, credit // len(self.sources))
+        commands += [self._pull(source, share, WAIT_SLOT, now) for source in sources]
         return commands
+
+    def _can_share_more(self) -> bool:
+        """Tell whether a waiting pull asks for more than the one message each source may."""
+        return self._asked > len(self._outstanding) and any(
+            pull.left > 1 for pull in self._outstanding.values() if pull.slot == WAIT_SLOT
+        )
 
     def _serve(self, level: int, now: float) -> list[Pull | Cancel]:
-        sources = [source for source in self._levels[level] if source.pending > source.asked]
-        asked = sum(source.asked for source in sources)
-        credit = self.limit - self.held - self._asked
+        """Give the credit to the backlog of *level*, after what else is due."""
+        sources = [s for s in self._hot[level] if s.backlog > 0 and s.retry_at <= now]
         commands: list[Pull | Cancel] = []
+        credit = self.limit - self.held - self._asked
         if credit < self._enough:
-            if asked:
-                return commands
-            if credit < sum(source.backlog for source in sources) and self._waits_elsewhere():
+            if any(source.asked for source in sources):
+                return commands  # more at once costs less
+            if credit < sum(source.backlog for source in sources):
                 commands += self._cancel(now)
-                credit = self.limit - self.held
-        if credit <= 0:
-            return commands
+                credit = self.limit - self.held - self._asked
 
-        for probe in self._due_below(level, credit, now) + self._due_above(level, now):
-            if credit <= 0:
-                return commands
-            batch = min(credit, max(1, credit // self._guard)) if probe.level > level else 1
-            commands.append(self._pull(probe, batch, now, wait=False))
-            credit -= batch
+        for source in self._due_below(level, credit, now):
+            batch = min(credit, max(1, credit // self.guard))
+            credit -= self._take(commands, source, batch, now)
+        for source in self._due_above(level, credit, now):
+            credit -= self._take(commands, source, 1, now)
         share = max(1, credit // len(sources))
         for source in sources:
-            if credit <= 0:
-                break
-            batch = min(share, source.backlog, credit)
-            commands.append(self._pull(source, batch, now, wait=True))
-            credit -= batch
-            self._rotate(source)
+            credit -= self._take(commands, source, min(share, source.backlog, credit), now)
         return commands
 
-    def _waits_elsewhere(self) -> bool:
-        """Tell whether an empty source holds credit in a waiting pull."""
-        return any(source.asked and source.pending <= source.asked for source in self.sources)
+    def _take(self, commands: list[Pull | Cancel], source: Source, batch: int, now: float) -> int:
+        """Pull what is there, if there is credit and a free slot; return how much was asked."""
+        if batch <= 0:
+            return 0
+        for slot in range(WAIT_SLOT + 1, SLOTS):
+            if source.pulls[slot] is None:
+                pull = self._pull(source, batch, slot, now)
+                commands.append(pull)
+                self._rotate(source)
+                return pull.batch
+        return 0
 
     def _due_below(self, level: int, credit: int, now: float) -> list[Source]:
-        """Return a source of each less urgent level that the starvation guard must serve now."""
+        """Return a source of each less urgent level that the starvation guard must serve now.
+
+        A source known to have messages and a look at the others take turns.
+        """
         due = []
         for lower in range(level + 1, len(self._levels)):
-            sources = self._levels[lower]
-            if not sources or self.since_served[lower] + credit < self._guard:
+            hot = self._hot[lower]
+            if self.since_served[lower] + credit < self.guard or self.buffered[lower]:
                 continue
-            source = max(sources, key=lambda source: (source.pending, -source.checked))
-            if not source.asked and now - source.checked >= RECHECK and source.retry_at <= now:
+            if any(source.asked for source in hot):
+                continue  # on its way
+            known = next((source for source in hot if source.retry_at <= now), None)
+            source = known
+            if known is None or self._look_around[lower]:
+                source = min(
+                    self._unseen(lower, now), key=lambda source: source.checked, default=known
+                )
+            self._look_around[lower] = source is known
+            if source is not None:
                 due.append(source)
         return due
 
-    def _due_above(self, level: int, now: float) -> list[Source]:
-        """Return sources as urgent as *level* or more that have no pull and may have messages."""
-        due: list[Source] = []
-        for sources in self._levels[: level + 1]:
-            for source in sources:
-                if (
-                    not source.asked
-                    and not source.pending
-                    and now - source.checked >= RECHECK
-                    and source.retry_at <= now
-                ):
-                    due.append(source)
-        if len(due) > MAX_PROBES:
-            due = sorted(due, key=lambda source: source.checked)[:MAX_PROBES]
-        return due
+    def _due_above(self, level: int, credit: int, now: float) -> list[Source]:
+        """Return sources as urgent as *level* or more that may have got messages meanwhile.
+
+        At most half of the credit goes to them, and all of it at most once in `RECHECK`, so that
+        any number of idle sources leaves room for the backlog.
+        """
+        if now - self._probed_at < RECHECK or credit <= 0:
+            return []
+        due = [source for above in range(level + 1) for source in self._unseen(above, now)]
+        if not due:
+            return due
+        self._probed_at = now
+        due.sort(key=lambda source: source.checked)
+        return due[: min(MAX_PROBES, max(1, credit // 2))]
+
+    def _unseen(self, level: int, now: float) -> list[Source]:
+        """Return the sources of *level* without a pull that were empty a while ago."""
+        hot = self._hot[level]
+        return [
+            source
+            for source in self._levels[level]
+            if not source.asked
+            and source not in hot
+            and now - source.checked >= RECHECK
+            and source.retry_at <= now
+        ]
 
     def _rotate(self, source: Source) -> None:
         """Put *source* behind its peers, so that queues take turns."""
-        peers = self._levels[source.level]
-        if len(peers) > 1:
-            peers.remove(source)
-            peers.append(source)
+        hot = self._hot[source.level]
+        if source in hot:
+            del hot[source]
+            hot[source] = None
 
-    def _pull(self, source: Source, batch: int, now: float, *, wait: bool) -> Pull:
+    def _found_empty(self, source: Source, now: float) -> None:
+        source.pending = 0
+        source.checked = now
+        self._hot[source.level].pop(source, None)
+
+    def _pull(self, source: Source, batch: int, slot: int, now: float) -> Pull:
         batch = min(batch, MAX_BATCH)
         self._next_id += 1
+        outstanding = _Outstanding(self._next_id, source, slot, batch, now)
+        self._outstanding[self._next_id] = source.pulls[slot] = outstanding
+        self._waiting += slot == WAIT_SLOT
+        self._unasked.pop(source, None)
         source.asked += batch
         self._asked += batch
-        source.pulls.append([self._next_id, batch])
-        source.seen = now
-        return Pull(source, self._next_id, batch, wait)
+        return Pull(source, self._next_id, batch, slot)
 
-    def forget(self, now: float) -> None:
-        """Take every pull for withdrawn."""
-        for source in self.sources:
-            if source.asked:
-                if source.pending <= source.asked:
-                    source.pending = 0
-                    source.checked = now
-                self._drop_pulls(source)
+    def _end(self, pull: _Outstanding) -> None:
+        """Take back what a pull asked for and did not get."""
+        source = pull.source
+        del self._outstanding[pull.pull_id]
+        source.pulls[pull.slot] = None
+        self._waiting -= pull.slot == WAIT_SLOT
+        source.asked -= pull.left
+        self._asked -= pull.left
+        if not source.asked:
+            self._unasked[source] = None
 
     def _cancel(self, now: float) -> list[Pull | Cancel]:
+        if not self._waiting:
+            return []
         self.forget(now)
         return [Cancel()]
-
-    def _drop_pulls(self, source: Source) -> None:
-        self._asked -= source.asked
-        source.asked = 0
-        source.pulls.clear()
 
 
 T = TypeVar("T")
@@ -304,8 +414,7 @@ T = TypeVar("T")
 class Ready(Generic[T]):
     """Deliveries that arrived and were not handed on yet, the most urgent level first.
 
-    The starvation guard holds here, too: *since_served* (shared with `Pulls`) counts, per level,
-    the deliveries of more urgent levels handed on since its own last one.
+    The starvation guard holds here, too.  `Pulls` is told what is buffered and what was served.
     """
 
     def __init__(self, pulls: Pulls) -> None:
@@ -316,12 +425,17 @@ class Ready(Generic[T]):
         high, medium, low = self._levels
         return len(high) + len(medium) + len(low)
 
+    def __iter__(self) -> Iterator[T]:
+        for items in self._levels:
+            yield from items
+
     def push(self, item: T, level: int) -> None:
         self._levels[level].append(item)
+        self._pulls.buffered[level] += 1
 
     def pop(self) -> T:
         """Return the next item.  Raises IndexError when there is none."""
-        since, guard = self._pulls.since_served, self._pulls._guard
+        since, guard = self._pulls.since_served, self._pulls.guard
         chosen = -1
         for level, items in enumerate(self._levels):
             if items and (chosen < 0 or since[level] >= guard - 1):
@@ -331,20 +445,18 @@ class Ready(Generic[T]):
         since[chosen] = 0
         for lower in range(chosen + 1, 3):
             since[lower] += 1
+        self._pulls.buffered[chosen] -= 1
         return self._levels[chosen].popleft()
 
-    def take(self, predicate: Any) -> list[T]:
+    def take(self, predicate: Callable[[T], bool]) -> list[T]:
         """Remove and return the items *predicate* is true of."""
         taken: list[T] = []
-        for items in self._levels:
+        for level, items in enumerate(self._levels):
             matching = [item for item in items if predicate(item)]
             if matching:
                 rest = [item for item in items if not predicate(item)]
                 items.clear()
                 items.extend(rest)
+                self._pulls.buffered[level] -= len(matching)
                 taken += matching
         return taken
-
-    def __iter__(self) -> Iterable[T]:  # type: ignore[override]
-        for items in self._levels:
-            yield from items

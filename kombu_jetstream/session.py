@@ -142,7 +142,15 @@ class Session:
 
     @property
     def connected(self) -> bool:
-        return not self._closed and self.nats.is_open
+        """Whether kombu may go on using this session.
+
+        A lost one with consumers still says yes: `drain_events` must raise the loss, once, to
+        whoever consumes.  Were it no, kombu would connect anew within ``drain_events`` by itself,
+        and wait for ever on a connection without consumers.
+        """
+        return not self._closed and (
+            self.nats.is_open or any(channel.has_consumers() for channel in self.channels)
+        )
 
     def drain_events(self, timeout: float | None = None) -> None:
         """Hand on one message, waiting at most *timeout* seconds (None: without end) for it.
@@ -384,6 +392,11 @@ class Session:
         self._closed = True
         self.unregister()
         lost = bool(self.channels)
+        try:
+            # What came and nobody saw is handed back with the rest, not after its lease.
+            self.nats.dispatch_received()
+        except JetStreamTransportError as exc:
+            logger.debug("while dispatching the rest: %s", exc)
         for channel in list(self.channels):
             channel.lose()
         self.channels.clear()

@@ -132,7 +132,8 @@ class Transport(base.Transport):  # type: ignore[misc]  # kombu has no types
         connection.unregister()
 
     def as_uri(self, uri: str, include_password: bool = False, mask: str = "**") -> str:
-        return options.as_uri(uri, include_password, mask)
+        # After a failover kombu has taken the URL apart and passes the host alone.
+        return options.as_uri(uri if "://" in uri else self._url(), include_password, mask)
 
     def driver_version(self) -> str:
         return version("kombu-jetstream")
