@@ -31,7 +31,16 @@ from typing import Any, Literal, get_args
 
 from .protocol import encode_headers, parse_headers
 
-__all__ = ["REASONS", "DeadLetter", "Reason", "headers_of", "read_headers", "worker_name"]
+__all__ = [
+    "REASONS",
+    "REPLAYED_HEADER",
+    "DeadLetter",
+    "Reason",
+    "headers_of",
+    "read_fields",
+    "read_headers",
+    "worker_name",
+]
 
 Reason = Literal[
     "task_failed",
@@ -119,8 +128,12 @@ def _end_of(text: str, limit: int) -> str:
 
 
 def read_headers(raw: bytes) -> DeadLetter:
-    """Return the dead letter that *raw* headers describe; unreadable values are left out."""
-    fields = parse_headers(raw).fields
+    """Return the dead letter that *raw* headers describe; unreadable values are left as text."""
+    return read_fields(parse_headers(raw).fields)
+
+
+def read_fields(fields: Mapping[str, str]) -> DeadLetter:
+    """Return the dead letter that headers, taken apart already, describe."""
     values: dict[str, Any] = {}
     for name, header in _HEADERS.items():
         text = fields.get(header)
