@@ -263,6 +263,8 @@ class Session:
             return
         now = now if now is not None else time.monotonic()
         self._next_tick = now + TICK
+        # An event loop hears nothing of a socket that a failed write has closed.
+        self.nats.fileno()
         self.nats.keepalive(now)
         for channel in self.channels:
             channel.tick(now)
