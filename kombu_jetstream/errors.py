@@ -49,6 +49,7 @@ __all__ = [
     "ConnectionRejected",
     "ConsumerGone",
     "ExchangeMissing",
+    "FallbackLost",
     "JetStreamTransportError",
     "JetStreamUnavailable",
     "MalformedMessage",
@@ -259,6 +260,27 @@ class ConsumerGone(ConnectionLost):
         if detail:
             self.reason += f": {detail}"
         self._set(self.reason, queue, detail)
+
+
+class FallbackLost(ConnectionLost):
+    """The fallback Redis cannot be reached either, or did not confirm.
+
+    Cause: `problem` is what Redis or the way to it said, `jetstream` why JetStream is away, empty
+    when only Redis is.
+    Remedy: bring one of the two back; kombu and Celery keep trying as their retry settings say.
+    """
+
+    def __init__(self, problem: str, jetstream: str = "") -> None:
+        self.problem = problem
+        self.jetstream = jetstream
+        if jetstream:
+            self.reason = (
+                f"neither JetStream nor the fallback Redis can be reached "
+                f"(JetStream: {jetstream}; Redis: {problem})"
+            )
+        else:
+            self.reason = f"the fallback Redis cannot be reached ({problem})"
+        self._set(self.reason, problem, jetstream)
 
 
 class ConnectionRejected(JetStreamTransportError, OperationalError):

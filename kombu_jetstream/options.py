@@ -81,7 +81,6 @@ IGNORED_OPTIONS = frozenset(
         "client_name",
         "fanout_patterns",
         "fanout_prefix",
-        "global_keyprefix",
         "health_check_interval",
         "max_connections",
         "priority_steps",
@@ -234,6 +233,8 @@ class Options:
         ).or_none(),
         secret=True,
     )
+    #: Prefix of every key in Redis, kombu's Redis transport's name for it.
+    global_keyprefix: str = _option("", Rule("text", matching(r"(?s).*")))
     #: Seconds JetStream must have failed before producers write to Redis.
     fallback_after: float = _option(2.0, SECONDS_OR_ZERO)
     #: Seconds without a sign of life after which a worker's Redis deliveries are taken back.

@@ -58,6 +58,15 @@ INSTANCES = [
         "no confirm for a message to 'celery.low.q' within 10 s, it may be stored or not",
     ),
     (errors.ConsumerGone("q"), "the consumer of queue 'q' is gone"),
+    (
+        errors.FallbackLost("Connection refused"),
+        "the fallback Redis cannot be reached (Connection refused)",
+    ),
+    (
+        errors.FallbackLost("Connection refused", "a:4222: timed out"),
+        "neither JetStream nor the fallback Redis can be reached "
+        "(JetStream: a:4222: timed out; Redis: Connection refused)",
+    ),
     (errors.ConsumerGone("q", "deleted"), "the consumer of queue 'q' is gone: deleted"),
     (
         errors.AuthenticationFailed("a:4222", "Authorization Violation"),
@@ -227,6 +236,7 @@ def test_malformed_message_is_a_decode_error() -> None:
         errors.NoResponders("s"),
         errors.PublishTimeout("s", 1.0),
         errors.ConsumerGone("q"),
+        errors.FallbackLost("x", "y"),
         RecoverableConnectionError("kombu's own"),
         TimeoutError("of a socket"),
         ssl.SSLError("eof"),
