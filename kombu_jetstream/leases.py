@@ -30,6 +30,7 @@ from .errors import ConnectionLost, JetStreamTransportError
 from .options import Options
 
 if TYPE_CHECKING:
+    from .endpoint import Server
     from .jetstream import JetStream
     from .publishing import Unconfirmed
     from .qos import QoS
@@ -95,6 +96,9 @@ class Ledger:
         #: monotonic time of the last loss of a connection, and whether there ever was one
         self.lost_at = float("-inf")
         self.connected_before = False
+        #: servers the cluster made known, and the one that was lost last
+        self._servers: dict[tuple[str, int], Server] = {}
+        self._lost_server: Server | None = None
         self._lock = threading.RLock()
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
@@ -113,14 +117,31 @@ class Ledger:
         """Forget a connection.  *lost*: its last acknowledgements may not have arrived."""
         with self._lock:
             self._links = [entry for entry in self._links if entry[1]() not in (link, None)]
+            self._servers.update(
+                ((server.host, server.port), server)
+                for server in link.connection.discovered_servers
+            )
             if lost:
                 self.lost_at = time.monotonic()
+                self._lost_server = link.connection.server
                 since = time.monotonic() - REMEMBERED_SECONDS
                 self._unsent.extend(
                     (token, b"+ACK")
                     for at, taker, token in self._acks
                     if at > since and taker == id(link)
                 )
+
+    def servers(self, configured: tuple[Server, ...]) -> tuple[Server, ...]:
+        """Return where to connect: as *configured*, then what the cluster made known.
+
+        The server that was lost last comes last: it may hang instead of refusing.
+        """
+        with self._lock:
+            known = {(server.host, server.port): server for server in configured}
+            for address, server in self._servers.items():
+                known.setdefault(address, server)
+            lost = self._lost_server
+        return tuple(sorted(known.values(), key=lambda server: server == lost))
 
     def hold(self, holder: QoS) -> None:
         """Extend the leases of what *holder* holds, as long as it exists."""

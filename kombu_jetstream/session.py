@@ -16,8 +16,10 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from . import extensions
 from .connection import ConnectionSettings, Credentials, NatsConnection, Server
 from .errors import (
     ApiError,
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     import kombu
 
     from .channel import Channel
+    from .deadletter import DeadLetter
     from .options import Options
 
 __all__ = ["Session", "connection_settings"]
@@ -128,7 +131,9 @@ class Session:
         patient = self.client.heartbeat and self.ledger.connected_before
         end = now + patience if patient else self.ledger.lost_at + patience
         while True:
-            connection = NatsConnection(settings)
+            connection = NatsConnection(
+                replace(settings, servers=self.ledger.servers(settings.servers))
+            )
             try:
                 connection.connect()
             except NoServers:
@@ -363,6 +368,17 @@ class Session:
 
     def _version(self) -> tuple[str]:
         return (".".join(map(str, self.nats.info.version)),)
+
+    def write_dead_letter(self, letter: DeadLetter, payload: bytes, death: str) -> None:
+        """Store *payload* as a dead letter and wait for the confirm, as `publish_timeout` says.
+
+        For what gives up on a message it got from another connection, or settled already;
+        *death* names the death, see `deadletter.death_id`.  Raises as a publish does.
+        """
+        self.jetstream.provision()
+        subject, headers = self.jetstream.address_dead_letter(letter, payload, death)
+        self.publisher.publish(subject, payload, headers)
+        extensions.dead_lettered(letter)
 
     # -- the end -------------------------------------------------------------------------------
 
