@@ -22,6 +22,7 @@ Pure; who writes it first waits for the confirm, and only then settles the origi
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import socket
@@ -36,6 +37,8 @@ __all__ = [
     "REPLAYED_HEADER",
     "DeadLetter",
     "Reason",
+    "death_id",
+    "facts_of",
     "headers_of",
     "read_fields",
     "read_headers",
@@ -119,6 +122,19 @@ def headers_of(letter: DeadLetter, message_id: str, room: int) -> bytes:
         if len(headers) <= room:
             break
     return headers
+
+
+def death_id(token: bytes, payload: bytes) -> str:
+    """Return the id of the death of a message, the same whenever its delivery is given up on.
+
+    A JetStream delivery's *token* names stream, sequence and time stored (ADR-15), in the older
+    form or behind domain and account; of any other store's the id is a digest.
+    """
+    words = token.split(b".")
+    if len(words) < 9:
+        return f"dead.{hashlib.sha256(token + payload).hexdigest()[:32]}"
+    at = 2 if len(words) == 9 else 4
+    return f"dead.{words[at].decode()}.{words[at + 3].decode()}.{words[at + 5].decode()}"
 
 
 def _end_of(text: str, limit: int) -> str:
