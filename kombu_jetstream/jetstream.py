@@ -466,13 +466,20 @@ class JetStream:
         def confirmed(answer: Msg | JetStreamTransportError) -> None:
             then(isinstance(answer, Msg) and outcome_of(subject, answer) is None)
 
-        subject = self.names.dead_letter_subject(letter.queue).encode()
-        words = delivery.token.split(b".")
-        at = 2 if len(words) == 9 else 4
-        death = f"dead.{words[at].decode()}.{words[at + 3].decode()}.{words[at + 5].decode()}"
-        room = self.connection.max_payload - len(delivery.payload)
-        headers = deadletter.headers_of(letter, death, room)
+        death = deadletter.death_id(delivery.token, delivery.payload)
+        subject, headers = self.address_dead_letter(letter, delivery.payload, death)
         self.connection.request_nowait(subject, delivery.payload, headers, confirmed)
+
+    def address_dead_letter(
+        self, letter: DeadLetter, payload: bytes, death: str
+    ) -> tuple[bytes, bytes]:
+        """Return subject and headers with which *payload* becomes the dead letter *letter*.
+
+        *death* names the death, see `deadletter.death_id`.
+        """
+        subject = self.names.dead_letter_subject(letter.queue).encode()
+        room = self.connection.max_payload - len(payload)
+        return subject, deadletter.headers_of(letter, death, room)
 
 
 def parse_reply(reply: bytes) -> tuple[bytes, int, int, float]:
