@@ -18,7 +18,7 @@ from amqp.protocol import queue_declare_ok_t
 from kombu.transport import base
 from kombu.utils.uuid import uuid
 
-from . import deadletter, envelope
+from . import deadletter, envelope, extensions
 from .arguments import QueueArguments
 from .backend import Delivery
 from .deadletter import DeadLetter, Reason
@@ -810,7 +810,8 @@ class Channel(base.StdChannel):  # type: ignore[misc]  # kombu has no types
             delivery.settled = True
             delivery.settler.settle(delivery, "ack")
             return
-        self._write_dead_letter(delivery, "rejected", decoded)
+        task = deadletter.facts_of(decoded).get("task")
+        self._write_dead_letter(delivery, extensions.reject_reason(task), decoded)
 
     def _bury(
         self,
@@ -858,6 +859,7 @@ class Channel(base.StdChannel):  # type: ignore[misc]  # kombu has no types
             delivery.settled = True
             if stored:
                 delivery.settler.settle(delivery, "term")
+                extensions.dead_lettered(letter)
             else:
                 logger.error("a dead letter of queue %r was not stored, trying later", letter.queue)
                 delivery.settler.settle(delivery, "nak", DEAD_LETTER_RETRY)
