@@ -43,8 +43,24 @@ class Message(base.Message):  # type: ignore[misc]  # kombu has no types
             postencode="utf-8",
             channel=channel,
         )
+        #: the delivery, with the payload as it was stored; it knows this object weakly
+        self.delivery = delivery
         #: how often the message was delivered, this time included
         self.attempt = delivery.attempt
         #: the queue it came from; delivery_info has exchange and routing key only
         self.queue = delivery.queue
         delivery.message = weakref.ref(self)
+
+    def requeue_later(self, delay: float) -> None:
+        """Put this message back, to be delivered again after *delay* seconds.
+
+        It counts as a delivery (``max_deliveries``).  Raises as `requeue` does.
+        """
+        if self.channel is None:
+            raise self.MessageStateError("This message does not have a receiving channel")
+        if self.acknowledged:
+            raise self.MessageStateError(
+                f"Message already acknowledged with state: {self._state}"
+            )
+        self.channel.nack_later(self.delivery_tag, delay)
+        self._state = "REQUEUED"
