@@ -32,7 +32,7 @@ from typing import Any
 
 from kombu.transport import base
 
-from . import errors, options, tls
+from . import errors, extensions, options, tls
 from .channel import Channel
 from .connection import ConnectionSettings
 from .session import Session, connection_settings
@@ -64,6 +64,10 @@ class Transport(base.Transport):  # type: ignore[misc]  # kombu has no types
 
     #: Scheme to assume for a host without one.
     scheme = "jetstream"
+
+    def __init__(self, client: Any, **kwargs: Any) -> None:
+        extensions.load()  # if Celery was imported after this module
+        super().__init__(client, **kwargs)
 
     def establish_connection(self) -> Session:
         """Connect to the first server that answers.
@@ -158,3 +162,8 @@ class Management(base.Management):  # type: ignore[misc]  # kombu has no types
     def get_bindings(self) -> list[dict[str, str]]:
         with self.transport.client.channel() as channel:
             return list(channel.get_bindings())
+
+
+# kombu imports this module when it constructs a connection, before it is used: early enough for
+# the first publish of a producer, and for a worker's ``worker_init``.
+extensions.load()
