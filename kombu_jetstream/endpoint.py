@@ -252,7 +252,7 @@ def encrypt(
             poll_socket(secure.fileno(), reading, not reading, left)
     except OSError as exc:
         secure.close()
-        if isinstance(exc, ssl.SSLError) and exc.reason in _NOT_TLS:
+        if _openssl_reason(exc) in _NOT_TLS:
             hint = "; leave out tls_handshake_first" if settings.tls_handshake_first else ""
             raise ConnectionLost(f"server {server} does not answer with TLS{hint}") from exc
         raise certificate_error(server, exc) or ConnectionLost(
@@ -271,11 +271,17 @@ def certificate_error(server: Server, exc: OSError) -> CertificateRejected | Non
     """
     if isinstance(exc, ssl.SSLCertVerificationError):
         return CertificateRejected(str(server), exc.verify_message)
-    if isinstance(exc, ssl.SSLError) and exc.reason in _CLIENT_CERTIFICATE:
+    reason = _openssl_reason(exc)
+    if reason in _CLIENT_CERTIFICATE:
         return CertificateRejected(
-            str(server), f"the server did not accept our certificate, or wants one ({exc.reason})"
+            str(server), f"the server did not accept our certificate, or wants one ({reason})"
         )
     return None
+
+
+def _openssl_reason(exc: OSError) -> str | None:
+    # Python's own SSLErrors, and gevent's, have none.
+    return getattr(exc, "reason", None) if isinstance(exc, ssl.SSLError) else None
 
 
 def poll_socket(fd: int, reading: bool, writing: bool, timeout: float | None) -> tuple[bool, bool]:

@@ -29,6 +29,8 @@ from kombu_jetstream.server import NatsServer
 from tests.proxy import TcpProxy
 from tests.servers import NatsCluster, api_request, eventually, free_port, run_nats_server
 
+pytestmark = pytest.mark.nats29
+
 Connect = Callable[..., NatsConnection]
 
 

@@ -24,7 +24,7 @@ from kombu_jetstream.protocol import Msg
 from kombu_jetstream.server import NatsServer
 from tests.servers import run_nats_server
 
-pytestmark = pytest.mark.tls
+pytestmark = [pytest.mark.tls, pytest.mark.nats29]
 
 # Python 3.12 warns of a fork while there are other threads: that is what is tested.
 forks = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
