@@ -218,7 +218,7 @@ class NatsConnection:
             except (ConnectionLost, ConnectionRejected, OSError) as exc:
                 causes.append((str(server), exc))
             else:
-                logger.info("connected to %s, nats-server %s", server, self.info.raw.get("version"))
+                logger.debug("connected to %s, nats-server %s", server, self.info.raw.get("version"))
                 return
         first = causes[0][1] if causes else None
         if isinstance(first, ConnectionRejected) and len({type(exc) for _, exc in causes}) == 1:

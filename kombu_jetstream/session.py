@@ -106,6 +106,7 @@ class Session:
         self.publisher = Publisher(self.nats, options, self._stream_missing)
         self.registry = Registry(self.jetstream, self.publisher)
         self._loop: Any = None
+        self._timer: Any = None
         self._scheduled = False
         self._closed = False
         self._dispatching = False
@@ -224,13 +225,14 @@ class Session:
         """Let an event loop (kombu's hub) read this connection from now on."""
         self._loop = loop
         loop.add_reader(self.nats.fileno(), self.on_readable)
-        loop.call_repeatedly(TICK, self.tick)
+        self._timer = loop.call_repeatedly(TICK, self.tick)
         self.wake_loop()
 
     def unregister(self) -> None:
         loop, self._loop = self._loop, None
         if loop is None:
             return
+        self._timer.cancel()
         try:
             loop.remove(self.nats.fileno())
         except (ConnectionLost, KeyError, ValueError, OSError, AttributeError):
