@@ -43,7 +43,7 @@ import threading
 import time
 from bisect import bisect
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from importlib import resources
 from itertools import count
 from typing import Any
@@ -340,9 +340,7 @@ class RedisLists:
     def took(self, take: int, flat: list[bytes]) -> list[Delivery]:
         """Return the deliveries of a take's reply; this process holds them from now on."""
         now = time.monotonic()
-        found = [
-            self._delivery(*flat[at : at + 3], now=now) for at in range(0, len(flat), 3)
-        ]
+        found = [self._delivery(*flat[at : at + 3], now=now) for at in range(0, len(flat), 3)]
         with self._lock:
             self._outstanding.discard(take)
             for delivery in found:
@@ -371,19 +369,17 @@ class RedisLists:
 
     def take_one(self, queue: str) -> Delivery | None:
         """Take the next message of *queue*, if there is one."""
-        return next(self._take_now([queue], 1), None)
-
-    def _take_now(self, queues: list[str], limit: int) -> Iterator[Delivery]:
         take = self.begin_take()
-        keys = self.take_keys([key for queue in queues for key in self.lists_of(queue)])
+        keys = self.take_keys(self.lists_of(queue))
         try:
             flat = self.call(
-                lambda client: self._take(keys, [limit, take, self.liveness_ms, self.worker])
+                lambda client: self._take(keys, [1, take, self.liveness_ms, self.worker])
             )
         except BaseException:
             self.lost_take(take)
             raise
-        yield from self.took(take, flat)
+        found = self.took(take, flat)
+        return found[0] if found else None
 
     def take_keys(self, lists: list[str]) -> list[str]:
         return [self.held_key, self.alive_key, self.workers_key, self.attempts_key, *lists]
@@ -398,9 +394,7 @@ class RedisLists:
         with self._lock:
             self._orphans.pop(delivery.token, None)
             if outcome == "nak" and delay:
-                heapq.heappush(
-                    self._later, (time.monotonic() + delay, next(self._order), delivery)
-                )
+                heapq.heappush(self._later, (time.monotonic() + delay, next(self._order), delivery))
                 return
         if self.available:
             try:
@@ -682,9 +676,12 @@ class ListReader:
         """Whether asking makes sense now."""
         return bool(self.has_backlog and not self.asked and self._sha and self.queues)
 
+    def limited(self, room: int) -> int:
+        """Return how many messages one `take` may ask for where there is *room*."""
+        return min(room, MAX_TAKE)
+
     def take(self, limit: int) -> None:
         """Ask for up to *limit* messages; `arrived` is told what came of it, in any case."""
-        limit = min(limit, MAX_TAKE)
         self.asked, self._take = limit, self._lists.begin_take()
         lists = self._lists
         by_queue = [lists.lists_of(queue) for queue in self.queues]
@@ -713,6 +710,8 @@ class ListReader:
     # -- the socket ----------------------------------------------------------------------------
 
     def _send(self, then: Callable[[Any], None], *words: bytes | str | int) -> None:
+        if self._sock is None:
+            return
         self._expected.append(then)
         self._out += resp.encode(*words)
         self._flush()

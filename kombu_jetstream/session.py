@@ -91,6 +91,9 @@ def connection_settings(
 class Session:
     """A live broker connection."""
 
+    #: what `Transport.create_channel` makes, None for its own class
+    channel_class: type[Channel] | None = None
+
     def __init__(
         self, client: kombu.Connection, options: Options, settings: ConnectionSettings
     ) -> None:
@@ -103,7 +106,7 @@ class Session:
         self.ledger = ledger_of(options)
         self.nats = self._connect(settings)
         self.jetstream = JetStream(self.nats, options, self.ledger)
-        self.publisher = Publisher(self.nats, options, self._stream_missing)
+        self.publisher = self._new_publisher()
         self.registry = Registry(self.jetstream, self.publisher)
         self._loop: Any = None
         self._timer: Any = None
@@ -117,6 +120,9 @@ class Session:
         if options.publish_confirms == "pipelined":
             self.publisher.resend(self.ledger.take_unconfirmed())
             _flush_at_exit(self)
+
+    def _new_publisher(self) -> Publisher:
+        return Publisher(self.nats, self.options, self._stream_missing)
 
     def _connect(self, settings: ConnectionSettings) -> NatsConnection:
         """Connect, waiting for a server that was there a moment ago.
@@ -172,14 +178,22 @@ class Session:
             if end is not None:
                 if now >= end and not self.has_ready():
                     # One look at the socket, so that timeout=0 finds what is there.
-                    self.nats.read_available()
+                    self._read()
                     self._after_read()
                     if self.dispatch_one():
                         return
                     raise socket.timeout("timed out")
                 remaining = min(remaining, end - now)
-            self.nats.wait(self.has_ready, max(0.0, remaining))
+            self._wait(max(0.0, remaining))
             self._after_read()
+
+    def _read(self) -> None:
+        """Read what is there, without waiting."""
+        self.nats.read_available()
+
+    def _wait(self, timeout: float) -> None:
+        """Read until there is something to hand on, at most *timeout* seconds."""
+        self.nats.wait(self.has_ready, timeout)
 
     def has_ready(self) -> bool:
         """Tell whether `dispatch_one` has something to hand on."""

@@ -76,6 +76,10 @@ class Transport(base.Transport):  # type: ignore[misc]  # kombu has no types
         server has against us: `AuthenticationFailed`, `TLSNotOffered`, `CertificateRejected`.
         """
         parsed, settings = self.settings()
+        if parsed.fallback_url is not None:
+            from . import fallback  # needs redis, which nobody else does
+
+            return fallback.open_session(self.client, parsed, settings)
         return Session(self.client, parsed, settings)
 
     def settings(self) -> tuple[options.Options, ConnectionSettings]:
@@ -99,7 +103,7 @@ class Transport(base.Transport):  # type: ignore[misc]  # kombu has no types
         )
 
     def create_channel(self, connection: Session) -> Channel:
-        channel = self.Channel(connection)
+        channel = (connection.channel_class or self.Channel)(connection)
         connection.channels.append(channel)
         return channel
 
