@@ -10,6 +10,7 @@ for one.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -75,12 +76,10 @@ class _ListsChannel(Channel):
             super().refill()
             return
         self._lists_first = not self._lists_first
-        if self._lists_first:
-            self._take(reader)
+        if not self._lists_first:
             super().refill()
-        else:
-            super().refill()
-            self._take(reader)
+        self._take(reader)
+        super().refill()
 
     def _take(self, reader: ListReader) -> None:
         """Ask Redis for what the prefetch limit allows."""
@@ -89,14 +88,12 @@ class _ListsChannel(Channel):
             room = pulls.limit - pulls.held
             if room <= 0 or not reader.can_take:
                 return
-            if pulls.has_backlog:
-                if pulls.asked >= room and not self._lists_first:
+            if pulls.has_backlog(time.monotonic()):
+                room = (room - pulls.asked + 1) // 2
+                if room <= 0:
                     return
-                room = max(1, room // 2)
             asked = reader.limited(room)
-            if pulls.asked + asked > pulls.limit - pulls.held:
-                self._cancel_pulls()
-            pulls.held += asked
+            pulls.reserve(asked)
             reader.take(asked)
 
     def lists_arrived(self, deliveries: list[Delivery], asked: int) -> None:

@@ -197,6 +197,24 @@ class Pulls:
         """Count *count* deliveries as no longer held."""
         self.held -= count
 
+    def reserve(self, count: int) -> None:
+        """Count *count* messages as held that are asked of another store.
+
+        `plan` withdraws the waiting pulls if there is no credit left for them.
+        """
+        self.held += count
+        if self.held + self._asked > self.limit:
+            self._recall = True
+
+    @property
+    def asked(self) -> int:
+        """How many messages are asked for and did not come yet."""
+        return self._asked
+
+    def has_backlog(self, now: float) -> bool:
+        """Tell whether a source is known to have messages that were not asked for."""
+        return self._backlogged_level(now) is not None
+
     def heard(self, pull_id: int, now: float) -> None:
         """Note a heartbeat."""
         pull = self._outstanding.get(pull_id)
