@@ -891,14 +891,13 @@ class Channel(base.StdChannel):  # type: ignore[misc]  # kombu has no types
 
     def _close_orderly(self) -> None:
         session = self._session
-        pulled = bool(self._inbox_sid)
         for tag in list(self._consumers):
             self.basic_cancel(tag)
         self._decide()
         with session.nats.corked():
             for tag in self.qos.up_to(0):
                 self._settle(tag, "nak")
-        if pulled:
+        if self._inbox:  # it pulled, also if its consumers are cancelled by now
             # Messages that crossed the cancel arrive before the answer, and are handed back.
             session.nats.round_trip(IDLE_HEARTBEAT)
 
