@@ -37,7 +37,7 @@ from .jetstream import parse_reply
 from .message import Message
 from .outgoing import Outgoing
 from .protocol import Msg, parse_headers
-from .pulls import IDLE_HEARTBEAT, Cancel, Pulls, Ready, Source
+from .pulls import IDLE_HEARTBEAT, SLOTS, WAIT_SLOT, Cancel, Pulls, Ready, Source
 from .qos import QoS
 from .registry import Queue
 from .routing import Binding, Exchange
@@ -99,8 +99,9 @@ class Channel(base.StdChannel):  # type: ignore[misc]  # kombu has no types
         self.dirty = False
         self._consumers: dict[str, _Consumer] = {}
         self._sources: dict[bytes, Source] = {}
-        self._inbox = b""
-        self._inbox_sid = 0
+        #: subject prefix and subscription of the pulls, by slot
+        self._inboxes: list[tuple[bytes, int] | None] = [None] * SLOTS
+        self._has_pulled = False
         #: sources whose consumer the server says is deleted
         self._gone: list[tuple[Source, str]] = []
         self._undecided: dict[str, dict[str, Any]] = {}
@@ -543,47 +544,55 @@ class Channel(base.StdChannel):  # type: ignore[misc]  # kombu has no types
             with session.nats.corked():
                 for command in commands:
                     if isinstance(command, Cancel):
-                        self._drop_inbox()
+                        self._drop_inbox(WAIT_SLOT)
                         continue
-                    if not self._inbox_sid:
-                        self._open_inbox()
-                    reply = b"%b.%d.%b" % (self._inbox, command.pull_id, command.source.token[1])
-                    pull(command.source.token[1], command.batch, command.wait, reply)
+                    inbox = self._inboxes[command.slot] or self._open_inbox(command.slot)
+                    subject = command.source.token[1]
+                    pull(subject, command.batch, command.wait, b"%b.%d" % (inbox[0], command.pull_id))
 
-    def _open_inbox(self) -> None:
-        """One subscription carries the pulls of all sources, so one UNSUB withdraws them all."""
+    def _open_inbox(self, slot: int) -> tuple[bytes, int]:
+        """One subscription carries the pulls of a slot, whatever their source.
+
+        So one UNSUB withdraws all waiting ones, and a message tells by its subscription which of
+        its source's pulls it answers: its subject is the queue's.
+        """
         nats = self._session.nats
-        self._inbox = nats.new_inbox()
-        self._inbox_sid = nats.subscribe(
-            self._inbox + b".>", partial(self._arrived, len(self._inbox) + 1)
-        )
+        inbox = nats.new_inbox()
+        sid = nats.subscribe(inbox + b".*", partial(self._arrived, slot, inbox))
+        self._inboxes[slot] = (inbox, sid)
+        self._has_pulled = True
+        return inbox, sid
 
-    def _drop_inbox(self) -> None:
-        if self._inbox_sid:
-            self._session.nats.unsubscribe(self._inbox_sid)
-            self._inbox_sid = 0
+    def _drop_inbox(self, slot: int) -> None:
+        inbox = self._inboxes[slot]
+        if inbox is not None:
+            self._inboxes[slot] = None
+            self._session.nats.unsubscribe(inbox[1])
 
     def _cancel_pulls(self) -> None:
-        self._drop_inbox()
+        self._drop_inbox(WAIT_SLOT)
         self._pulls.forget(time.monotonic())
 
-    def _arrived(self, prefix: int, msg: Msg) -> None:
-        """Take a message or a status of a pull."""
+    def _arrived(self, slot: int, inbox: bytes, msg: Msg) -> None:
+        """Take a message or a status of a pull in *slot*."""
         with self._session.lock:
             self.dirty = True
             if msg.reply:
-                self._arrived_message(msg)
+                opened = self._inboxes[slot]
+                current = opened is not None and opened[0] is inbox
+                self._arrived_message(msg, slot if current else None)
             else:
-                self._arrived_status(msg, prefix)
+                self._arrived_status(msg, int(msg.subject[len(inbox) + 1 :]))
 
-    def _arrived_message(self, msg: Msg) -> None:
+    def _arrived_message(self, msg: Msg, slot: int | None) -> None:
+        """Hold a message; *slot* is None for one that crossed a withdrawal."""
         key, attempt, pending, stored = parse_reply(msg.reply)
         source = self._sources.get(key)
         delivery = self._delivery(msg, source, attempt, stored)
         if source is None or self.closed:  # cancelled; the message was under way
             delivery.settler.settle(delivery, "nak")
             return
-        self._pulls.received(source, pending)
+        self._pulls.received(source, pending, slot, delivery.received_at)
         if attempt > 1 and self._session.ledger.held_again(msg.reply):
             self._pulls.settled()
             return
@@ -612,20 +621,16 @@ class Channel(base.StdChannel):  # type: ignore[misc]  # kombu has no types
             source,
         )
 
-    def _arrived_status(self, msg: Msg, prefix: int) -> None:
-        pull_id, _, subject = msg.subject[prefix:].partition(b".")
-        source = next((s for s in self._pulls.sources if s.token[1] == subject), None)
-        if source is None:
-            return
+    def _arrived_status(self, msg: Msg, pull_id: int) -> None:
         status = parse_headers(msg.headers)
         now = time.monotonic()
         if status.status == 100:
-            self._pulls.heard(source, now)
+            self._pulls.heard(pull_id, now)
             return
         # 404 none, 408 expired: the source is empty.  409 and 503: no leader, shutdown, deleted.
         failed = status.status not in (404, 408)
-        self._pulls.ended(source, int(pull_id), now, failed=failed)
-        if failed:
+        source = self._pulls.ended(pull_id, now, failed=failed)
+        if failed and source is not None:
             logger.debug(
                 "pull of queue %r ended: %s %s", source.token[0], status.status, status.description
             )
@@ -897,7 +902,7 @@ class Channel(base.StdChannel):  # type: ignore[misc]  # kombu has no types
         with session.nats.corked():
             for tag in self.qos.up_to(0):
                 self._settle(tag, "nak")
-        if self._inbox:  # it pulled, also if its consumers are cancelled by now
+        if self._has_pulled:  # also if its consumers are cancelled by now
             # Messages that crossed the cancel arrive before the answer, and are handed back.
             session.nats.round_trip(IDLE_HEARTBEAT)
 
