@@ -54,7 +54,7 @@ class Outgoing:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._options = session.options
+        self.options = session.options
         self._ids = _MessageIds()
         self._pipelined = session.options.publish_confirms == "pipelined"
         #: subjects by queue and level; as many as there are queues
@@ -130,7 +130,7 @@ class Outgoing:
         nats = self._session.nats
         token = nats.request_nowait(subject, payload, b"", answers.append)
         try:
-            nats.round_trip(self._options.publish_timeout)
+            nats.round_trip(self.options.publish_timeout)
         finally:
             nats.cancel(token)
         return not answers
@@ -148,7 +148,7 @@ class Outgoing:
         properties, headers = message["properties"], message["headers"]
         level: Level = "medium"
         if not record.auto_delete:
-            level = level_of(properties.get("priority"), self._options)
+            level = level_of(properties.get("priority"), self.options)
         message_id = self._message_id(properties, headers)
         if several:  # a stream knows an id once, whatever the subject
             message_id = f"{message_id}.{encode_token(queue)}"
@@ -188,7 +188,7 @@ class Outgoing:
         arguments = QueueArguments.parse(queue, session.registry.queues[queue].arguments)
         ttl = ttl_of(properties, arguments.message_ttl)
         due = due_time(headers, properties, now)
-        if due is None or due - now <= self._options.delay_threshold:
+        if due is None or due - now <= self.options.delay_threshold:
             due = None
         elif not session.jetstream.has_schedules:
             session.degraded("schedules")

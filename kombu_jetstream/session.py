@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
 import socket
 import threading
 import time
 import weakref
-from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -119,7 +119,7 @@ class Session:
         self.ledger.attach(self.jetstream)
         if options.publish_confirms == "pipelined":
             self.publisher.resend(self.ledger.take_unconfirmed())
-            _flush_at_exit(self)
+        _close_at_exit(self)
 
     def _new_publisher(self) -> Publisher:
         return Publisher(self.nats, self.options, self._stream_missing)
@@ -446,20 +446,27 @@ _WITHOUT = {
 }
 _told: set[str] = set()
 
-_exit_flushed: weakref.WeakSet[Session] = weakref.WeakSet()
+#: Sessions to close when the interpreter exits; none in a child that leaves by ``os._exit``.
+_open_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 
 
-def _flush_at_exit(session: Session) -> None:
-    """Await pipelined confirms of *session* when the interpreter exits."""
-    if not _exit_flushed:
-        atexit.register(_flush_sessions)
-    _exit_flushed.add(session)
+def _close_at_exit(session: Session) -> None:
+    """Close *session* when the interpreter exits, if nobody did.
+
+    Programs often do not (Celery does not close its producers').  A broker notices the socket, but
+    there are confirms to await, messages to hand back and auto-delete queues to remove.
+    """
+    if not _open_sessions:
+        atexit.unregister(_close_sessions)
+        atexit.register(_close_sessions)
+    _open_sessions.add(session)
 
 
-def _flush_sessions() -> None:
-    flushes: list[Callable[[], None]] = [s.flush for s in list(_exit_flushed) if s.connected]
-    for flush in flushes:
+def _close_sessions() -> None:
+    for session in list(_open_sessions):
+        if session.nats.pid != os.getpid() or not session.connected:
+            continue
         try:
-            flush()
+            session.close()
         except JetStreamTransportError as exc:
-            logger.error("messages may not have been published: %s", exc)
+            logger.error("while closing at exit, messages may not have been published: %s", exc)
