@@ -1,0 +1,209 @@
+"""The only place that connects Celery's signals: each handler is a few lines around a decision.
+
+Signals are process-wide and mostly do not say which app they are about, so there is one `Hooks` per
+process, for all apps whose broker is ``jetstream://``.  It is made when the transport is loaded
+(`celery_ext.extension`) or by `celery_ext.install`.
+
+======================  ======================================================================
+``before_task_publish``  the priority of the task's level; the trace context
+``worker_init``          the settings are read, the worker's tasks taken over (`worker`)
+``worker_process_init``  tasks that were registered since; a new process of the pool begins
+``worker_ready``         the same in the main process
+``worker_shutdown``      all of it is undone
+``task_revoked``         counted
+======================  ======================================================================
+
+Celery logs what a handler raises and goes on.  One error is different: a worker with settings that
+cannot be read does not start.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary, WeakSet
+
+from celery import Celery, _state, signals
+from celery.utils.dispatch import Signal
+
+from kombu_jetstream.deadletter import DeadLetter, Reason
+from kombu_jetstream.errors import JetStreamTransportError
+
+from .priority import priority_of
+from .settings import Globs, Settings
+
+if TYPE_CHECKING:
+    from .worker import WorkerHooks
+
+__all__ = ["Hooks"]
+
+logger = logging.getLogger(__name__)
+
+DRIVER_TYPE = "jetstream"
+
+
+@dataclass(frozen=True, slots=True)
+class _Policies:
+    """What an app wants; read once."""
+
+    settings: Settings
+    #: AMQP priority by task name.
+    priorities: Globs[int]
+
+
+#: Of an app with another broker, or with the hooks off.
+_NOTHING = _Policies(Settings(hooks=False), Globs({}))
+
+
+class Hooks:
+    """The hooks of this process."""
+
+    def __init__(self) -> None:
+        self._policies: WeakKeyDictionary[Celery, _Policies] = WeakKeyDictionary()
+        self._uninstalled: WeakSet[Celery] = WeakSet()
+        self._workers: WeakKeyDictionary[Celery, WorkerHooks] = WeakKeyDictionary()
+        self._off = False
+
+    # Connecting
+
+    def _handlers(self) -> Iterator[tuple[Signal, Callable[..., Any]]]:
+        yield signals.before_task_publish, self.on_publish
+        yield signals.worker_init, self.on_worker_init
+        yield signals.worker_process_init, self.on_worker_process
+        yield signals.worker_ready, self.on_worker_process
+        yield signals.worker_shutdown, self.on_worker_shutdown
+        yield signals.task_revoked, self.on_revoked
+
+    def connect(self) -> None:
+        """Connect the signals, unless `uninstall_all` was called; once is enough."""
+        if self._off:
+            return
+        for signal, handler in self._handlers():
+            signal.connect(handler, weak=False, dispatch_uid=f"celery_ext.{handler.__name__}")
+
+    def _disconnect(self) -> None:
+        for signal, handler in self._handlers():
+            signal.disconnect(dispatch_uid=f"celery_ext.{handler.__name__}")
+
+    def install(self, app: Celery) -> None:
+        """Look after *app*, and read its settings again."""
+        self._uninstalled.discard(app)
+        self._policies.pop(app, None)
+        self._off = False
+        self.connect()
+
+    def uninstall(self, app: Celery) -> None:
+        """Leave *app* alone from now on, its tasks as they were."""
+        self._uninstalled.add(app)
+        worker = self._workers.pop(app, None)
+        if worker is not None:
+            worker.stop()
+
+    def uninstall_all(self) -> None:
+        """Leave every app alone, until one is installed again."""
+        self._off = True
+        for worker in list(self._workers.values()):
+            worker.stop()
+        self._workers.clear()
+        self._disconnect()
+
+    # Settings
+
+    def _of(self, app: Celery) -> _Policies:
+        """Return what *app* wants.  Raises `OptionsError` the first time if that is no good."""
+        if app in self._uninstalled:
+            return _NOTHING
+        policies = self._policies.get(app)
+        if policies is None:
+            self._policies[app] = _NOTHING  # if it raises, once
+            policies = self._policies[app] = _read(app)
+        return policies
+
+    # The handlers
+
+    def on_publish(
+        self, sender: str, declare: Any = None, properties: Any = None, **kwargs: Any
+    ) -> None:
+        """Give a message the priority of its task's level, unless the caller gave one."""
+        if properties.get("priority") is None:
+            app = self._publisher(sender, declare)
+            priority = self._of(app).priorities.get(sender) if app is not None else None
+            if priority is not None:
+                properties["priority"] = priority
+
+    def on_worker_init(self, sender: Any, **kwargs: Any) -> None:
+        """Take over the tasks of a worker that is about to start."""
+        app = sender.app
+        self._policies.pop(app, None)
+        try:
+            settings = self._of(app).settings
+        except JetStreamTransportError as error:
+            # Celery goes on after any `Exception`, and the settings would be without effect.
+            raise SystemExit(f"error: {error}") from error
+        if settings.hooks:
+            from .worker import WorkerHooks  # loads the worker's modules, for workers only
+
+            worker = self._workers[app] = WorkerHooks(app, settings, DRIVER_TYPE, sender.hostname)
+            worker.start()
+
+    def on_worker_process(self, **kwargs: Any) -> None:
+        for worker in self._workers.values():
+            worker.take_tasks()
+
+    def on_worker_shutdown(self, sender: Any, **kwargs: Any) -> None:
+        worker = self._workers.pop(sender.app, None)
+        if worker is not None:
+            worker.stop()
+
+    def on_revoked(self, request: Any, sender: Any = None, **kwargs: Any) -> None:
+        worker = self._workers.get(sender.app)
+        if worker is not None:
+            queue = (request.delivery_info or {}).get("routing_key") or ""
+            worker.stats.ended(sender.name, queue, "revoked")
+
+    # What the transport asks and tells (`kombu_jetstream.extensions.Extension`)
+
+    def reject_reason(self, task: str | None) -> Reason | None:
+        """Celery rejects messages of tasks it does not know before it says so by a signal."""
+        workers = list(self._workers.values())
+        if task is None or not workers or any(task in worker.app.tasks for worker in workers):
+            return None
+        return "unknown_task"
+
+    def dead_lettered(self, letter: DeadLetter) -> None:
+        for worker in self._workers.values():
+            worker.stats.dead_lettered(letter.task, letter.queue, letter.reason)
+
+    # Which app publishes
+
+    def _publisher(self, task_name: str, declare: Any) -> Celery | None:
+        """Return the app that publishes, which the signal does not tell.
+
+        With one app there is no question.  Of several, it is the one the declared queue belongs
+        to, else the one that has the task, else the current one.
+        """
+        apps = [app for app in _state._get_active_apps() if app.configured]
+        if len(apps) <= 1:
+            return apps[0] if apps else None
+        for queue in declare or ():
+            for app in apps:
+                if app.amqp.queues.get(queue.name) is queue:
+                    return app
+        having = [app for app in apps if task_name in app._tasks]
+        current = _state.get_current_app()
+        return having[0] if len(having) == 1 else current if current in apps else None
+
+
+def _read(app: Celery) -> _Policies:
+    with app.connection_for_write() as connection:
+        if getattr(connection.get_transport_cls(), "driver_type", None) != DRIVER_TYPE:
+            return _NOTHING
+        settings = Settings.read(app.conf)
+        if not settings.hooks:
+            return _NOTHING
+        if not settings.priorities:
+            return _Policies(settings, Globs({}))
+        order = connection.transport.settings()[0].priority_order
+    return _Policies(settings, settings.priorities.map(lambda level: priority_of(level, order)))

@@ -1,0 +1,203 @@
+"""The hooks of one worker: its tasks get the retry policy and the request class, and back.
+
+Lives in the worker's main process and, by the fork, in the processes of its pool, where only the
+wrapped tasks matter.  Nothing of it may break a task: an error in here is logged and counted.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+from celery import Celery, Task
+from celery.app.trace import build_tracer
+from celery.utils.imports import symbol_by_name
+from celery.worker.consumer.gossip import Gossip
+from celery.worker.consumer.mingle import Mingle
+from kombu import pools
+from kombu.messaging import Producer
+
+from kombu_jetstream.deadletter import DeadLetter, death_id
+
+from . import remote, retry
+from .letters import Death, error_of, error_type, letter_of
+from .outcomes import DeadLettered
+from .requests import hooked
+from .retry import Failure, decide
+from .settings import RetryPolicy, Settings
+from .stats import Outcome, Stats
+
+if TYPE_CHECKING:
+    from billiard.einfo import ExceptionInfo
+    from celery.worker.request import Request
+
+__all__ = ["WorkerHooks"]
+
+logger = logging.getLogger(__name__)
+
+#: Retries of a dead letter's write after a lost connection; each one connects anew first.
+WRITE_RETRIES = {"max_retries": 3, "interval_start": 0.2, "interval_step": 0.3, "interval_max": 1}
+
+#: Steps that Celery starts with some kinds of broker only.
+_FOR_SOME_BROKERS: tuple[Any, ...] = (Mingle, Gossip)
+
+
+class WorkerHooks:
+    """What is done to the tasks and requests of one worker."""
+
+    def __init__(self, app: Celery, settings: Settings, driver_type: str, hostname: str) -> None:
+        self.app = app
+        self.settings = settings
+        self.stats = Stats()
+        self._driver_type = driver_type
+        self._hostname = hostname
+        #: of the tasks that follow one of ours
+        self._policies: dict[str, RetryPolicy] = {}
+        self._request_classes: dict[Any, type[Request]] = {}
+        #: tasks we have seen, and what they had as `Request` of their own
+        self._tasks: dict[Task, Any] = {}
+        self._without: dict[Any, set[str]] = {}
+
+    # Start and end
+
+    def start(self) -> None:
+        """Take the tasks over; before the pool and the consumer are made."""
+        remote.register(self._report)
+        for step in _FOR_SOME_BROKERS:
+            self._without[step] = step.compatible_transports
+            step.compatible_transports = step.compatible_transports | {self._driver_type}
+        self.take_tasks()
+
+    def take_tasks(self) -> None:
+        """Take over the tasks that were registered since the last call."""
+        for task in list(self.app.tasks.values()):
+            if task not in self._tasks:
+                self._take(task)
+
+    def _take(self, task: Task) -> None:
+        self._tasks[task] = task.__dict__.get("Request")
+        task.Request = self._request_class(task.Request)
+        policy = self.settings.retry_for(task.name)
+        if policy is None or retry.has_own_policy(task):
+            return
+        self._policies[task.name] = policy
+        retry.wrap(task, policy)
+        self._trace_anew(task)
+
+    def _request_class(self, own: Any) -> type[Request]:
+        found = self._request_classes.get(own)
+        if found is None:
+            found = self._request_classes[own] = hooked(symbol_by_name(own), self)
+        return found
+
+    def stop(self) -> None:
+        """Undo all that `start` did."""
+        for task, request_class in self._tasks.items():
+            if request_class is None:
+                task.__dict__.pop("Request", None)
+            else:
+                task.Request = request_class
+            if retry.is_wrapped(task):
+                retry.unwrap(task)
+                self._trace_anew(task)
+        self._tasks.clear()
+        self._policies.clear()
+        for step, transports in self._without.items():
+            step.compatible_transports = transports
+        self._without.clear()
+        remote.unregister()
+
+    def _trace_anew(self, task: Task) -> None:
+        """Build a task's tracer again, if it has one: it holds on to `Task.run`."""
+        if task.__trace__ is not None:
+            app = self.app
+            task.__trace__ = build_tracer(task.name, task, app.loader, self._hostname, app=app)
+
+    def _report(self, app: Celery) -> dict[str, Any] | None:
+        return self.stats.report() if app is self.app else None
+
+    # What the requests ask
+
+    def ended(self, request: Request, outcome: Outcome) -> None:
+        """Count one execution."""
+        try:
+            self.stats.ended(request.task.name, _queue_of(request), outcome)
+        except Exception:
+            self.failed("counting a task")
+
+    def death_of(self, request: Request, einfo: ExceptionInfo) -> Death | None:
+        """Return the death of a task that failed for good, or None if nothing is to be kept."""
+        try:
+            return self._death_of(request, einfo)
+        except Exception:
+            self.failed("looking at the failure of a task")
+            return None
+
+    def _death_of(self, request: Request, einfo: ExceptionInfo) -> Death | None:
+        task, error = request.task, error_of(einfo)
+        if isinstance(error, DeadLettered):
+            return Death(reason="rejected", message=str(error))
+        if not self.settings.dead_letter or not getattr(task, "dead_letter", True):
+            return None
+        raised = error_type(einfo)
+        decision = decide(
+            self._policies.get(task.name),
+            Failure(
+                error=raised,
+                attempt=_attempt(request),
+                expected=issubclass(raised, task.throws or ()),
+            ),
+        )
+        if isinstance(decision, retry.GiveUp):
+            return None
+        # A policy that would try again was overruled: the retry could not be published.
+        reason = decision.reason if isinstance(decision, retry.DeadLetter) else "task_failed"
+        return Death.of(einfo, reason)
+
+    def bury(self, request: Request, death: Death) -> bool:
+        """Store the dead letter of a request's message; return whether that is confirmed.
+
+        Blocks for the round trip, and for some seconds while the broker is away.
+        """
+        try:
+            delivery = request.message.delivery
+            letter = letter_of(
+                death,
+                delivery,
+                request.message.headers,
+                task=request.task.name,
+                task_id=request.id,
+                worker=request.hostname,
+                now=time.time(),
+            )
+            self._write(letter, delivery.payload, death_id(delivery.token, delivery.payload))
+        except Exception:
+            self.failed(f"storing the dead letter of {request.humaninfo()}")
+            return False
+        logger.info("%s is a dead letter: %s", request.humaninfo(), death.reason)
+        return True
+
+    def _write(self, letter: DeadLetter, payload: bytes, death: str) -> None:
+        # A connection of its own, from kombu's pool: the consumer's may be in the middle of
+        # something, or be another one by now.
+        with pools.producers[self.app.connection_for_read()].acquire(block=True) as producer:
+            write = producer.connection.ensure(producer, _write, **WRITE_RETRIES)
+            write(producer, letter, payload, death)
+
+    def failed(self, what: str) -> None:
+        """Log and count the exception that is being handled."""
+        self.stats.hook_failed()
+        logger.exception("celery_ext failed in %s", what)
+
+
+def _write(producer: Producer, letter: DeadLetter, payload: bytes, death: str) -> None:
+    producer.channel.connection.write_dead_letter(letter, payload, death)
+
+
+def _attempt(request: Request) -> int:
+    return int(request.request_dict.get("retries") or 0) + 1
+
+
+def _queue_of(request: Request) -> str:
+    return str(request.message.queue)
