@@ -44,6 +44,8 @@ __all__ = [
     "Options",
     "as_uri",
     "url_from_parts",
+    "with_secret",
+    "without_secret",
 ]
 
 Server: TypeAlias = tuple[str, int]
@@ -496,6 +498,32 @@ def as_uri(url: str, include_password: bool = False, mask: str = "**") -> str:
     user_info = f"{user}:{mask}@" if colon else f"{mask}@" if user else ""
     query = "&".join(_masked_item(item, mask) for item in (parts.query or "").split("&"))
     return f"{scheme}://{user_info}{parts.hosts}{parts.path}{'?' + query if query else ''}"
+
+
+def without_secret(url: str) -> tuple[str, str | None]:
+    """Return *url* without the password or token of its user info, and that (None: it has none).
+
+    `with_secret` is the inverse.  A URL that cannot be read comes back as it is.
+    """
+    match = _URL.fullmatch(url)
+    user_info = match["user_info"] if match else None
+    if not user_info:
+        return url, None
+    user, colon, password = user_info.partition(":")
+    kept, secret = (f"{user}@", password) if colon else ("", user_info)
+    if not secret:
+        return url, None
+    return url.replace(f"{user_info}@", kept, 1), unquote(secret)
+
+
+def with_secret(url: str, secret: str) -> str:
+    """Return *url* with *secret*: the password of its user, or a token if it names none."""
+    scheme, _, rest = url.partition("://")
+    before, at, after = rest.rpartition("@")
+    if at and ":" in before:
+        return url
+    user_info = f"{before}:{quote(secret, safe='')}" if at else quote(secret, safe="")
+    return f"{scheme}://{user_info}@{after}"
 
 
 def _masked_item(item: str, mask: str) -> str:

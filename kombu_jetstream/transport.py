@@ -68,6 +68,18 @@ class Transport(base.Transport):  # type: ignore[misc]  # kombu has no types
     def __init__(self, client: Any, **kwargs: Any) -> None:
         extensions.load()  # if Celery was imported after this module
         super().__init__(client, **kwargs)
+        self._hide_secret()
+
+    def _hide_secret(self) -> None:
+        """Move the password or token out of the URL to where kombu expects it.
+
+        ``celery inspect stats`` sends the URL to whoever asks, without the password only if it
+        is where other transports have it.
+        """
+        client = self.client
+        hostname = client.hostname
+        if client.password is None and isinstance(hostname, str) and "://" in hostname:
+            client.hostname, client.password = options.without_secret(hostname)
 
     def establish_connection(self) -> Session:
         """Connect to the first server that answers.
@@ -93,11 +105,14 @@ class Transport(base.Transport):  # type: ignore[misc]  # kombu has no types
     def _url(self) -> str:
         """Return the broker URL, also when it was given to kombu in pieces."""
         client = self.client
+        password = client.password() if callable(client.password) else client.password
+        if password is not None and "://" in (client.hostname or ""):
+            return options.with_secret(client.hostname, password)
         return options.url_from_parts(
             client.hostname,
             port=client.port,
             userid=client.userid,
-            password=client.password() if callable(client.password) else client.password,
+            password=password,
             virtual_host=client.virtual_host,
             transport=self.scheme,
         )
@@ -140,8 +155,10 @@ class Transport(base.Transport):  # type: ignore[misc]  # kombu has no types
         connection.unregister()
 
     def as_uri(self, uri: str, include_password: bool = False, mask: str = "**") -> str:
-        # After a failover kombu has taken the URL apart and passes the host alone.
-        return options.as_uri(uri if "://" in uri else self._url(), include_password, mask)
+        # The host alone after a failover, and the URL without its password: ask the client.
+        client = self.client
+        whole = self._url() if client is not None and uri == client.hostname else uri
+        return options.as_uri(whole, include_password, mask)
 
     def driver_version(self) -> str:
         return version("kombu-jetstream")
