@@ -130,8 +130,10 @@ class Fallback:
         self.options = options
         self.lists = RedisLists(options)
         self.writes_redis = options.migration_phase in REDIS_PHASES
-        # While Redis is where messages go anyway, nobody has to wait for NATS.
+        # While Redis is where messages go anyway, nobody has to wait for NATS to come.
         self.failover = Failover(0.0 if self.writes_redis else options.fallback_after)
+        #: seconds any one answer of the server is waited for
+        self.patience = max(options.fallback_after, MIN_CONNECT_TIMEOUT)
         #: why JetStream is away
         self.cause = ""
         #: types of exchanges and durable queues declared in this process
@@ -441,6 +443,11 @@ class DualSession(_ReadsLists):
         publisher = _DualPublisher(self.nats, self.options, self._stream_missing)
         publisher.fallback = self.fallback
         return publisher
+
+    @property
+    def answer_timeout(self) -> float:
+        """A frozen server may hold up nobody for longer than Redis takes to take over."""
+        return min(self.options.publish_timeout, self.fallback.patience)
 
     def known_routes(self, exchange: str, routing_key: str) -> tuple[str, ...]:
         """Return the durable queues a message goes to, as far as is known without asking."""

@@ -85,13 +85,12 @@ class _ListsChannel(Channel):
         """Ask Redis for what the prefetch limit allows."""
         pulls = self._pulls
         with self._session.lock:
-            room = pulls.limit - pulls.held
+            now = time.monotonic()
+            room = pulls.limit - pulls.held - pulls.under_way(now)
             if room <= 0 or not reader.can_take:
                 return
-            if pulls.has_backlog(time.monotonic()):
-                room = (room - pulls.asked + 1) // 2
-                if room <= 0:
-                    return
+            if pulls.has_backlog(now):
+                room = (room + 1) // 2
             asked = reader.limited(room)
             pulls.reserve(asked)
             reader.take(asked)
@@ -248,7 +247,7 @@ class DualOutgoing(Outgoing):
         if fallback.failover.is_degraded:  # another connection found out
             raise ConnectionLost("JetStream is away, Redis takes over")
         is_open = self._session.nats.is_open
-        patience = fallback.failover.patience
+        patience = fallback.patience
         try:
             return super().publish(
                 message,

@@ -57,6 +57,9 @@ UNLIMITED = 10_000
 #: each time up to the last.
 RETRY_DELAYS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0)
 
+#: Seconds in which a server that lives answers a pull for what is there.
+ANSWER_TIME = 0.5
+
 #: The slot of waiting pulls.
 WAIT_SLOT = 0
 
@@ -206,10 +209,17 @@ class Pulls:
         if self.held + self._asked > self.limit:
             self._recall = True
 
-    @property
-    def asked(self) -> int:
-        """How many messages are asked for and did not come yet."""
-        return self._asked
+    def under_way(self, now: float) -> int:
+        """Return how many messages may arrive at any moment.
+
+        Those of pulls that wait on the server are not among them, nor those of pulls that were
+        to be answered at once and were not: that server is frozen.
+        """
+        return sum(
+            pull.left
+            for pull in self._outstanding.values()
+            if pull.slot != WAIT_SLOT and now - pull.seen < ANSWER_TIME
+        )
 
     def has_backlog(self, now: float) -> bool:
         """Tell whether a source is known to have messages that were not asked for."""

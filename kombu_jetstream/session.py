@@ -153,6 +153,11 @@ class Session:
     # -- what kombu asks of a connection -------------------------------------------------------
 
     @property
+    def answer_timeout(self) -> float:
+        """Seconds a server may take for an answer that a publish waits for."""
+        return self.options.publish_timeout
+
+    @property
     def connected(self) -> bool:
         """Whether kombu may go on using this session.
 
@@ -348,7 +353,7 @@ class Session:
             found = self._lookup(exchange, routing_key)
         if not found and (not exchange or now - self._route_checked > ROUTE_RECHECK):
             self._route_checked = now
-            self.nats.round_trip(self.options.publish_timeout)
+            self.nats.round_trip(self.answer_timeout)
             found = self._lookup(exchange, routing_key)
         return found
 
