@@ -166,6 +166,10 @@ class JetStream:
         """
         if self._provisioned:
             return
+        if not self.connection.info.jetstream and not (
+            self.options.jetstream_domain or self.connection.info.cluster
+        ):
+            raise JetStreamUnavailable(self._where())
         api_level = self.connection.info.api_level
         if self.options.provision == "off":
             self.has_ttl = api_level >= topology.API_LEVEL_TTL

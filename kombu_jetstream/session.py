@@ -116,6 +116,13 @@ class Session:
         self._ready_transient: dict[str, TransientQueue] = {}
         self._news_read = self._route_checked = float("-inf")
         self._next_tick = time.monotonic() + TICK
+        try:
+            # Now, so that a server without JetStream or with streams that are not ours is an
+            # error of connecting, which kombu tries again at its pace.
+            self.jetstream.provision()
+        except BaseException:
+            self.nats.close()
+            raise
         self.ledger.attach(self.jetstream)
         if options.publish_confirms == "pipelined":
             self.publisher.resend(self.ledger.take_unconfirmed())
