@@ -247,6 +247,8 @@ class NatsServer:
         """Freeze the server: connections stay open, nothing is answered."""
         if self.process is not None and self.is_running:
             self.process.send_signal(signal.SIGSTOP)
+            if hasattr(os, "waitid"):  # its threads may run on for a moment
+                os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
             self._paused = True
 
     def resume(self) -> None:
