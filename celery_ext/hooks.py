@@ -4,14 +4,15 @@ Signals are process-wide and mostly do not say which app they are about, so ther
 process, for all apps whose broker is ``jetstream://``.  It is made when the transport is loaded
 (`celery_ext.extension`) or by `celery_ext.install`.
 
-======================  ======================================================================
-``before_task_publish``  the priority of the task's level; the trace context
-``worker_init``          the settings are read, the worker's tasks taken over (`worker`)
-``worker_process_init``  tasks that were registered since; a new process of the pool begins
-``worker_ready``         the same in the main process
-``worker_shutdown``      all of it is undone
-``task_revoked``         counted
-======================  ======================================================================
+==============================  ===========================================================
+``before_task_publish``         the priority of the task's level; the trace context
+``worker_init``                 settings are read, the worker's tasks taken over (`worker`)
+``worker_process_init``         so are tasks registered since: a process of the pool begins
+``worker_ready``                the same in the main process
+``worker_shutdown``             all of it is undone
+``task_revoked``                is counted
+``task_prerun``, ``_postrun``   the trace context of the message, if there is OpenTelemetry
+==============================  ===========================================================
 
 Celery logs what a handler raises and goes on.  One error is different: a worker with settings that
 cannot be read does not start.
@@ -31,6 +32,7 @@ from celery.utils.dispatch import Signal
 from kombu_jetstream.deadletter import DeadLetter, Reason
 from kombu_jetstream.errors import JetStreamTransportError
 
+from . import tracing
 from .priority import priority_of
 from .settings import Globs, Settings
 
@@ -65,6 +67,7 @@ class Hooks:
         self._uninstalled: WeakSet[Celery] = WeakSet()
         self._workers: WeakKeyDictionary[Celery, WorkerHooks] = WeakKeyDictionary()
         self._off = False
+        self._traces = tracing.is_available()
 
     # Connecting
 
@@ -75,6 +78,9 @@ class Hooks:
         yield signals.worker_ready, self.on_worker_process
         yield signals.worker_shutdown, self.on_worker_shutdown
         yield signals.task_revoked, self.on_revoked
+        if self._traces:
+            yield signals.task_prerun, self.on_prerun
+            yield signals.task_postrun, self.on_postrun
 
     def connect(self) -> None:
         """Connect the signals, unless `uninstall_all` was called; once is enough."""
@@ -97,17 +103,19 @@ class Hooks:
     def uninstall(self, app: Celery) -> None:
         """Leave *app* alone from now on, its tasks as they were."""
         self._uninstalled.add(app)
-        worker = self._workers.pop(app, None)
-        if worker is not None:
-            worker.stop()
+        self._stop(app)
 
     def uninstall_all(self) -> None:
         """Leave every app alone, until one is installed again."""
         self._off = True
-        for worker in list(self._workers.values()):
-            worker.stop()
-        self._workers.clear()
+        for app in list(self._workers):
+            self._stop(app)
         self._disconnect()
+
+    def _stop(self, app: Celery) -> None:
+        worker = self._workers.pop(app, None)
+        if worker is not None:
+            worker.stop()
 
     # Settings
 
@@ -124,14 +132,30 @@ class Hooks:
     # The handlers
 
     def on_publish(
-        self, sender: str, declare: Any = None, properties: Any = None, **kwargs: Any
+        self,
+        sender: str,
+        declare: Any = None,
+        properties: Any = None,
+        headers: Any = None,
+        **kwargs: Any,
     ) -> None:
         """Give a message the priority of its task's level, unless the caller gave one."""
+        app = self._publisher(sender, declare)
+        policies = self._of(app) if app is not None else _NOTHING
         if properties.get("priority") is None:
-            app = self._publisher(sender, declare)
-            priority = self._of(app).priorities.get(sender) if app is not None else None
+            priority = policies.priorities.get(sender)
             if priority is not None:
                 properties["priority"] = priority
+        if self._traces and policies.settings.hooks:
+            tracing.trace_publish(headers)
+
+    def on_prerun(self, task: Any, **kwargs: Any) -> None:
+        if task.app in self._workers:
+            tracing.trace_task_start(task.request)
+
+    def on_postrun(self, task: Any, **kwargs: Any) -> None:
+        if task.app in self._workers:
+            tracing.trace_task_end(task.request)
 
     def on_worker_init(self, sender: Any, **kwargs: Any) -> None:
         """Take over the tasks of a worker that is about to start."""
@@ -145,6 +169,7 @@ class Hooks:
         if settings.hooks:
             from .worker import WorkerHooks  # loads the worker's modules, for workers only
 
+            self._stop(app)
             worker = self._workers[app] = WorkerHooks(app, settings, DRIVER_TYPE, sender.hostname)
             worker.start()
 
@@ -153,9 +178,7 @@ class Hooks:
             worker.take_tasks()
 
     def on_worker_shutdown(self, sender: Any, **kwargs: Any) -> None:
-        worker = self._workers.pop(sender.app, None)
-        if worker is not None:
-            worker.stop()
+        self._stop(sender.app)
 
     def on_revoked(self, request: Any, sender: Any = None, **kwargs: Any) -> None:
         worker = self._workers.get(sender.app)

@@ -147,7 +147,10 @@ class _HookedRequest(Request):
     # What is done then
 
     def _give_back(self, delay: float) -> None:
-        self._message.requeue_later(delay)
+        try:
+            self._message.requeue_later(delay)
+        except Exception:  # it comes back by itself, when its lease ends
+            self._worker.failed(f"giving back the message of {self.humaninfo()}")
         self.acknowledged = True
         self.send_event("task-rejected", requeue=True)
 

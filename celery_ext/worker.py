@@ -63,7 +63,7 @@ class WorkerHooks:
 
     def start(self) -> None:
         """Take the tasks over; before the pool and the consumer are made."""
-        remote.register(self._report)
+        remote.answer(self._report)
         for step in _FOR_SOME_BROKERS:
             self._without[step] = step.compatible_transports
             step.compatible_transports = step.compatible_transports | {self._driver_type}
@@ -106,7 +106,7 @@ class WorkerHooks:
         for step, transports in self._without.items():
             step.compatible_transports = transports
         self._without.clear()
-        remote.unregister()
+        remote.stop_answering()
 
     def _trace_anew(self, task: Task) -> None:
         """Build a task's tracer again, if it has one: it holds on to `Task.run`."""
