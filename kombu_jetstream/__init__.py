@@ -15,6 +15,7 @@ A map, in the order to read it:
 `registry`          durable queues and bindings, shared by all processes;  `transient` the others
 `topology`          names and configurations (pure);  `routing` exchanges and patterns (pure)
 `envelope`          message to bytes and back (pure);  `message` what kombu gets
+`tasks`             what Celery takes for granted in a message (pure)
 `arguments`         queue arguments (pure);  `delays` due times and TTLs (pure)
 `deadletter`        what a dead letter records (pure)
 `connection`        a synchronous NATS connection;  `protocol` the wire protocol (pure)

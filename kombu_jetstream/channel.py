@@ -41,6 +41,7 @@ from .pulls import IDLE_HEARTBEAT, SLOTS, WAIT_SLOT, Cancel, Pulls, Ready, Sourc
 from .qos import QoS
 from .registry import Queue
 from .routing import Binding, Exchange
+from .tasks import check_fields, runs_tasks
 from .topology import LEVELS, decode_token
 
 if TYPE_CHECKING:
@@ -56,9 +57,6 @@ DEFAULT_EXCHANGES = {
     "amq.fanout": Exchange("amq.fanout", "fanout"),
     "amq.topic": Exchange("amq.topic", "topic"),
 }
-
-#: Seconds after which a message that could not be written to the dead letters is tried again.
-DEAD_LETTER_RETRY = 10.0
 
 #: Failed pulls in a row after which the consumer is looked for.
 FAILURES_BEFORE_CHECK = 3
@@ -76,6 +74,8 @@ class _Consumer:
     no_ack: bool
     channel: Channel
     on_cancel: Callable[[str], Any] | None = None
+    #: whether Celery's tasks are behind it
+    is_for_tasks: bool = False
 
 
 class Channel(base.StdChannel):  # type: ignore[misc]  # kombu has no types
@@ -105,6 +105,8 @@ class Channel(base.StdChannel):  # type: ignore[misc]  # kombu has no types
         #: sources whose consumer the server says is deleted
         self._gone: list[tuple[Source, str]] = []
         self._undecided: dict[str, dict[str, Any]] = {}
+        #: deliveries whose dead letter is not confirmed yet
+        self._letters: set[Delivery] = set()
 
     # -- exchanges -----------------------------------------------------------------------------
 
@@ -409,7 +411,9 @@ class Channel(base.StdChannel):  # type: ignore[misc]  # kombu has no types
         transient = session.transient.get(queue)
         if transient is None and not session.durable_routes("", queue):
             raise QueueMissing(queue)
-        self._consumers[tag] = _Consumer(tag, queue, callback, no_ack, self, on_cancel)
+        self._consumers[tag] = _Consumer(
+            tag, queue, callback, no_ack, self, on_cancel, runs_tasks(callback)
+        )
         if no_ack:
             self.no_ack_consumers.add(tag)
         if transient is not None:
@@ -699,7 +703,7 @@ class Channel(base.StdChannel):  # type: ignore[misc]  # kombu has no types
             self.qos.hold(delivery)
 
     def _call(self, delivery: Delivery, consumer: _Consumer) -> bool:
-        message = self._to_message(delivery, consumer.tag)
+        message = self._to_message(delivery, consumer.tag, consumer.is_for_tasks)
         if message is None:
             return False
         if consumer.no_ack:
@@ -707,18 +711,22 @@ class Channel(base.StdChannel):  # type: ignore[misc]  # kombu has no types
         consumer.callback(message)
         return True
 
-    def _to_message(self, delivery: Delivery, consumer_tag: str | None) -> Message | None:
+    def _to_message(
+        self, delivery: Delivery, consumer_tag: str | None, is_for_tasks: bool = False
+    ) -> Message | None:
         """Return the message, or None after giving up on it as a dead letter."""
         limit = self._session.options.max_deliveries
         decoded: envelope.Envelope | None = None
         try:
             decoded = envelope.decode(delivery.payload)
             if limit is not None and delivery.attempt > limit and delivery.token:
-                self._bury(delivery, "max_deliveries_exceeded", decoded)
+                self.bury(delivery.tag, "max_deliveries_exceeded")
                 return None
-            return Message(decoded, delivery, self, consumer_tag)
+            if is_for_tasks and "task" in decoded["headers"]:
+                check_fields(decoded["headers"])
+            return Message(decoded, delivery, self, consumer_tag, is_for_tasks)
         except MalformedMessage as exc:
-            self._bury(delivery, "malformed", decoded, error=exc)
+            self.bury(delivery.tag, "malformed", exc)
             return None
 
     # -- settling ------------------------------------------------------------------------------
@@ -733,11 +741,7 @@ class Channel(base.StdChannel):  # type: ignore[misc]  # kombu has no types
         if requeue:
             self._settle(delivery_tag, "nak")
             return
-        with self._session.lock:
-            delivery = self._release(delivery_tag)
-        if delivery.token:
-            self._reject(delivery)
-        self._after_settle()
+        self.bury(delivery_tag, None)
 
     def basic_nack(
         self, delivery_tag: int, multiple: bool = False, requeue: bool = True
@@ -802,48 +806,86 @@ class Channel(base.StdChannel):  # type: ignore[misc]  # kombu has no types
         except JetStreamTransportError as exc:
             logger.debug("could not hand back a message of %r: %s", delivery.queue, exc)
 
-    def _reject(self, delivery: Delivery) -> None:
-        """A consumer refused the message for good: its queue's dead-letter exchange, or ours."""
+    def bury(
+        self, delivery_tag: int, reason: Reason | None, error: BaseException | None = None
+    ) -> None:
+        """Give up on a delivery for *reason*, or because the application refused it (None).
+
+        It goes to its queue's dead-letter exchange, if that has a queue for it, else to the dead
+        letters.
+        """
+        with self._session.lock:
+            delivery = self._release(delivery_tag)
         decoded = _decoded(delivery.payload)
-        record = self._session.registry.queues.get(delivery.queue)
-        arguments = QueueArguments.parse(delivery.queue, record.arguments if record else None)
-        if arguments.dead_letter_exchange is not None and decoded is not None:
-            key = arguments.dead_letter_routing_key
-            if key is None:
-                key = decoded["properties"]["delivery_info"].get("routing_key") or ""
-            self._outgoing.forward(decoded, arguments.dead_letter_exchange, key)
-            delivery.settled = True
-            delivery.settler.settle(delivery, "ack")
-            return
-        task = deadletter.facts_of(decoded).get("task")
-        self._write_dead_letter(delivery, extensions.reject_reason(task), decoded)
+        if reason is None:
+            reason = extensions.reject_reason(deadletter.facts_of(decoded).get("task"))
+        else:
+            logger.error(
+                "message of queue %r %s: %s%s",
+                delivery.queue,
+                "becomes a dead letter" if delivery.token else "is dropped",
+                reason,
+                f" ({error})" if error is not None else "",
+            )
+        if delivery.token:
+            self._bury(delivery, reason, decoded, error)
+        self._after_settle()
 
     def _bury(
         self,
         delivery: Delivery,
         reason: Reason,
         decoded: envelope.Envelope | None,
-        error: Exception | None = None,
+        error: BaseException | None,
     ) -> None:
-        """Give up on a delivery no consumer has seen."""
-        with self._session.lock:
-            self.qos.release(delivery.tag)
-        logger.error(
-            "message of queue %r becomes a dead letter: %s%s",
-            delivery.queue,
-            reason,
-            f" ({error})" if error is not None else "",
-        )
-        if delivery.token:
+        try:
+            forwarded = reason != "malformed" and self._forward(delivery, decoded)
+        except JetStreamTransportError as exc:
+            self._session.dead_letter_written(exc)
+            self._keep(delivery)
+            return
+        if forwarded:
+            delivery.settled = True
+            delivery.settler.settle(delivery, "ack")
+        else:
             self._write_dead_letter(delivery, reason, decoded, error)
-        self._after_settle()
+
+    def _keep(self, delivery: Delivery) -> None:
+        """Put back a message that could not be written to where the dead go."""
+        delivery.settled = True
+        delivery.settler.settle(delivery, "nak", deadletter.RETRY_INTERVAL)
+
+    def _forward(self, delivery: Delivery, decoded: envelope.Envelope | None) -> bool:
+        """Publish to the queue's dead-letter exchange; return whether a queue took the message.
+
+        Under the id of its death, so that it arrives once if this is repeated after a crash.
+        """
+        record = self._session.registry.queues.get(delivery.queue)
+        if decoded is None or record is None or not record.arguments:
+            return False
+        arguments = QueueArguments.parse(delivery.queue, record.arguments)
+        if arguments.dead_letter_exchange is None:
+            return False
+        key = arguments.dead_letter_routing_key
+        if key is None:
+            key = decoded["properties"]["delivery_info"].get("routing_key") or ""
+        death = deadletter.death_id(delivery.token, delivery.payload)
+        if self._outgoing.forward(decoded, arguments.dead_letter_exchange, key, death):
+            return True
+        logger.warning(
+            "no queue takes what dies in queue %r: nothing is bound to exchange %r for %r",
+            delivery.queue,
+            arguments.dead_letter_exchange,
+            key,
+        )
+        return False
 
     def _write_dead_letter(
         self,
         delivery: Delivery,
         reason: Reason,
         decoded: envelope.Envelope | None,
-        error: Exception | None = None,
+        error: BaseException | None = None,
     ) -> None:
         """First the confirmed write to the dead letters, then the end of the original."""
         session = self._session
@@ -860,18 +902,21 @@ class Channel(base.StdChannel):  # type: ignore[misc]  # kombu has no types
             **deadletter.facts_of(decoded),
         )
 
-        def written(stored: bool) -> None:
-            delivery.settled = True
-            if stored:
+        def written(failure: JetStreamTransportError | None) -> None:
+            self._letters.discard(delivery)
+            session.dead_letter_written(failure)
+            if failure is None:
+                delivery.settled = True
                 delivery.settler.settle(delivery, "term")
                 extensions.dead_lettered(letter)
             else:
-                logger.error("a dead letter of queue %r was not stored, trying later", letter.queue)
-                delivery.settler.settle(delivery, "nak", DEAD_LETTER_RETRY)
+                self._keep(delivery)
 
+        self._letters.add(delivery)
         try:
             session.jetstream.dead_letter(delivery, letter, written)
         except ConnectionLost:
+            self._letters.discard(delivery)
             logger.warning("a dead letter of queue %r waits for the connection", letter.queue)
 
     # -- the end -------------------------------------------------------------------------------
@@ -905,6 +950,8 @@ class Channel(base.StdChannel):  # type: ignore[misc]  # kombu has no types
         if self._has_pulled:  # also if its consumers are cancelled by now
             # Messages that crossed the cancel arrive before the answer, and are handed back.
             session.nats.round_trip(IDLE_HEARTBEAT)
+        # Else what was rejected just now would be delivered once more.
+        session.nats.wait(lambda: not self._letters, session.options.publish_timeout)
 
     def lose(self) -> None:
         """Close without a word; the ledger looks after what the application still holds."""

@@ -35,6 +35,7 @@ from .protocol import encode_headers, parse_headers
 __all__ = [
     "REASONS",
     "REPLAYED_HEADER",
+    "RETRY_INTERVAL",
     "DeadLetter",
     "Reason",
     "death_id",
@@ -54,6 +55,9 @@ Reason = Literal[
     "malformed",
 ]
 REASONS: tuple[Reason, ...] = get_args(Reason)
+
+#: Seconds after which a message that could not be written to the dead letters is tried again.
+RETRY_INTERVAL = 10.0
 
 #: Bytes of a traceback that are kept: its end, where the error is.
 MAX_TRACEBACK = 8 * 1024
@@ -99,12 +103,16 @@ _HEADERS = {
     "replayed": "Dlq-Replayed",
 }
 
+#: What is left out, in turn, where there is no room; nothing at first.
+_DISPENSABLE = ("", "traceback", "message", "error", "worker", *reversed(_HEADERS))
+
 
 def headers_of(letter: DeadLetter, message_id: str, room: int) -> bytes:
     """Return the NATS headers of *letter*, at most *room* bytes.
 
     *message_id* names the death, not the message: writing the same death twice stores it once.
-    If there is no room, the traceback goes first, then the message.
+    If there is no room, the traceback goes first, then the message, and so on; a payload of the
+    server's very limit is stored without headers rather than not at all.
     """
     values = {name: getattr(letter, name) for name in _HEADERS}
     if values["traceback"] is not None:
@@ -112,16 +120,18 @@ def headers_of(letter: DeadLetter, message_id: str, room: int) -> bytes:
     for name in ("message", "error", "task", "task_id", "worker", "queue"):
         if values[name] is not None:
             values[name] = str(values[name])[:MAX_TEXT]
-    for dropped in ("", "traceback", "message", "error", "worker"):
+    for dropped in _DISPENSABLE:
         values.pop(dropped, None)
         fields = [("Nats-Msg-Id", message_id)]
         fields += [
-            (_HEADERS[name], json.dumps(value)) for name, value in values.items() if value is not None
+            (_HEADERS[name], json.dumps(value))
+            for name, value in values.items()
+            if value is not None
         ]
         headers = encode_headers(fields)
         if len(headers) <= room:
-            break
-    return headers
+            return headers
+    return b""
 
 
 def death_id(token: bytes, payload: bytes) -> str:
@@ -167,12 +177,11 @@ def read_fields(fields: Mapping[str, str]) -> DeadLetter:
 def facts_of(envelope: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return what a dead letter says of the task in *envelope* (None: it cannot be read)."""
     headers = (envelope or {}).get("headers") or {}
-    if not isinstance(headers, dict):
-        return {}
+    task, task_id, replayed = (headers.get(name) for name in ("task", "id", REPLAYED_HEADER))
     return {
-        "task": headers.get("task"),
-        "task_id": headers.get("id"),
-        "replayed": int(headers.get(REPLAYED_HEADER) or 0),
+        "task": task if isinstance(task, str) else None,
+        "task_id": task_id if isinstance(task_id, str) else None,
+        "replayed": replayed if isinstance(replayed, int) else 0,
     }
 
 

@@ -15,6 +15,7 @@ import base64
 import binascii
 import json
 from collections.abc import Iterator
+from types import NoneType
 from typing import Any, TypeAlias
 
 from kombu.utils import json as kombu_json
@@ -54,8 +55,8 @@ def decode_body(body: Any, body_encoding: str | None) -> Any:
     if body_encoding != "base64":
         raise MalformedMessage(f"unknown body_encoding {body_encoding!r}")
     try:
-        return base64.b64decode(body)
-    except (binascii.Error, TypeError, ValueError) as exc:
+        return base64.b64decode(body, validate=True)
+    except (binascii.Error, ValueError) as exc:
         raise MalformedMessage(f"the body is not base64: {exc}") from exc
 
 
@@ -65,7 +66,7 @@ def encode(envelope: Envelope) -> bytes:
 
 
 def decode(payload: bytes) -> Envelope:
-    """Return the envelope in *payload*.
+    """Return the envelope in *payload*, with headers in any case.
 
     Raises `MalformedMessage` when it is not one: any client may publish to our subjects.
     """
@@ -73,17 +74,47 @@ def decode(payload: bytes) -> Envelope:
         text = payload.decode("utf-8")
         # kombu tags dates, UUIDs and the like; without a tag the hook would only cost time.
         envelope = _decode_tagged(text) if '"__type__"' in text else _decode_json(text)
-    except (ValueError, RecursionError, TypeError) as exc:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise MalformedMessage(f"not a JSON document: {exc}") from exc
-    try:
-        properties = envelope["properties"]
-        properties["delivery_info"]["exchange"]  # noqa: B018
-        envelope["body"]  # noqa: B018
-    except (KeyError, TypeError, IndexError) as exc:
-        raise MalformedMessage(f"not a message envelope: {exc!r} is missing") from exc
-    if not isinstance(envelope.get("headers", {}), dict):
-        raise MalformedMessage("not a message envelope: 'headers' is no object")
-    return envelope  # type: ignore[no-any-return]
+    except Exception as exc:  # kombu's hook raises anything for a bad tagged value, with the value
+        raise MalformedMessage(f"not a JSON document: {type(exc).__name__}") from exc
+    if not isinstance(envelope, dict):
+        raise MalformedMessage("not a message envelope: not a JSON object")
+    _check(envelope, _PARTS)
+    _check(envelope["properties"], _PROPERTIES)
+    _check(envelope["properties"]["delivery_info"], _DELIVERY_INFO)
+    if not envelope.get("headers"):
+        envelope["headers"] = {}
+    return envelope
+
+
+_Types: TypeAlias = "tuple[tuple[str, tuple[type, ...]], ...]"
+
+#: Of each part the types it may have; what may be None may be absent.
+_PARTS: _Types = (
+    ("body", (str,)),
+    ("content-type", (str, NoneType)),
+    ("content-encoding", (str, NoneType)),
+    ("headers", (dict, NoneType)),
+    ("properties", (dict,)),
+)
+_PROPERTIES: _Types = (
+    ("delivery_info", (dict,)),
+    ("body_encoding", (str, NoneType)),
+    ("priority", (int, float, NoneType)),
+)
+_DELIVERY_INFO: _Types = (
+    ("exchange", (str, NoneType)),
+    ("routing_key", (str, NoneType)),
+)
+
+
+def _check(part: dict[str, Any], types: _Types) -> None:
+    for name, allowed in types:
+        value = part.get(name)
+        if not isinstance(value, allowed):
+            what = "missing" if value is None else f"of type {type(value).__name__}"
+            raise MalformedMessage(f"not a message envelope: {name!r} is {what}")
 
 
 def headers_of(message_id: str, envelope: Envelope) -> Iterator[tuple[str, str]]:

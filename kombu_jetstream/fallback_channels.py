@@ -19,7 +19,7 @@ from amqp.protocol import queue_declare_ok_t
 from . import envelope
 from .arguments import QueueArguments
 from .backend import Delivery
-from .channel import DEAD_LETTER_RETRY, Channel
+from .channel import Channel
 from .errors import (
     ConnectionLost,
     FallbackLost,
@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 __all__ = ["AbsentQueue", "DualChannel", "RedisChannel"]
 
 logger = logging.getLogger(__name__)
+
+#: Seconds after which a message that is to become a dead letter is tried again.
+DEAD_LETTER_RETRY = 10.0
 
 #: The ``delivery_mode`` of messages that need not survive: events, replies.
 TRANSIENT = 1
@@ -519,19 +522,18 @@ class RedisChannel(_ListsChannel):
 
     # -- what is given up on -------------------------------------------------------------------
 
-    def _reject(self, delivery: Delivery) -> None:
-        self._write_dead_letter(delivery, "rejected", None)
+    def _forward(self, delivery: Delivery, decoded: envelope.Envelope | None) -> bool:
+        return False
 
     def _write_dead_letter(
         self,
         delivery: Delivery,
         reason: Reason,
         decoded: envelope.Envelope | None,
-        error: Exception | None = None,
+        error: BaseException | None = None,
     ) -> None:
         """Keep it for now: the dead letters are in JetStream."""
-        delivery.settled = True
-        delivery.settler.settle(delivery, "nak", DEAD_LETTER_RETRY)
+        self._keep(delivery)
 
     # -- the end -------------------------------------------------------------------------------
 

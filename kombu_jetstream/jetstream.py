@@ -157,14 +157,16 @@ class JetStream:
 
     # -- streams -----------------------------------------------------------------------------
 
-    def provision(self) -> None:
-        """Make sure of the streams as the option ``provision`` says; cheap after the first time.
+    def provision(self, *, again: bool = False) -> None:
+        """Make sure of the streams as the option ``provision`` says.
+
+        Cheap after the first time, unless *again*: one may have been deleted since.
 
         Raises `TopologyMismatch` if one exists with settings this transport cannot work with, or,
         for "verify", with any other setting than expected; `JetStreamUnavailable` without
         JetStream.
         """
-        if self._provisioned:
+        if self._provisioned and not again:
             return
         if not self.connection.info.jetstream and not (
             self.options.jetstream_domain or self.connection.info.cluster
@@ -459,16 +461,19 @@ class JetStream:
             self.ledger.forward(token, payload)
 
     def dead_letter(
-        self, delivery: Delivery, letter: DeadLetter, then: Callable[[bool], None]
+        self,
+        delivery: Delivery,
+        letter: DeadLetter,
+        then: Callable[[JetStreamTransportError | None], None],
     ) -> None:
-        """Write one dead letter; *then* is called with whether the stream confirmed it.
+        """Write one dead letter; *then* is called with why it is not stored, or None.
 
         The id names this death of this message, so that writing it again after a crash between
         the write and the settle stores it once.
         """
 
         def confirmed(answer: Msg | JetStreamTransportError) -> None:
-            then(isinstance(answer, Msg) and outcome_of(subject, answer) is None)
+            then(outcome_of(subject, answer) if isinstance(answer, Msg) else answer)
 
         death = deadletter.death_id(delivery.token, delivery.payload)
         subject, headers = self.address_dead_letter(letter, delivery.payload, death)

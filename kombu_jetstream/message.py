@@ -5,10 +5,13 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING, Any
 
+from kombu.exceptions import ContentDisallowed, DecodeError
 from kombu.transport import base
 
 from .backend import Delivery
 from .envelope import Envelope, decode_body
+from .errors import MalformedMessage
+from .tasks import check_body
 
 if TYPE_CHECKING:
     from .channel import Channel
@@ -20,10 +23,18 @@ class Message(base.Message):  # type: ignore[misc]  # kombu has no types
     """One delivery, with its envelope undone.
 
     The delivery knows this object weakly: when nobody holds it any more, nobody can settle it.
+
+    A message for Celery's tasks (*is_task*) whose body cannot be decoded becomes a dead letter when
+    Celery settles it: Celery acknowledges what it cannot decode, which would be the end of it.
     """
 
     def __init__(
-        self, envelope: Envelope, delivery: Delivery, channel: Channel, consumer_tag: str | None
+        self,
+        envelope: Envelope,
+        delivery: Delivery,
+        channel: Channel,
+        consumer_tag: str | None,
+        is_task: bool = False,
     ) -> None:
         properties: dict[str, Any] = envelope["properties"]
         info = dict(properties["delivery_info"])
@@ -49,7 +60,42 @@ class Message(base.Message):  # type: ignore[misc]  # kombu has no types
         self.attempt = delivery.attempt
         #: the queue it came from; delivery_info has exchange and routing key only
         self.queue = delivery.queue
+        self._is_task = is_task
+        #: why a task's body cannot be decoded, once that was tried
+        self._undecodable: BaseException | None = None
+        if is_task and self.errors:  # kombu could not decompress the body
+            self._undecodable = self.errors[0][1]
         delivery.message = weakref.ref(self)
+
+    def _decode(self) -> Any:
+        if not self._is_task:
+            return super()._decode()
+        try:
+            decoded = super()._decode()
+            check_body(self.headers, decoded)
+        except (ContentDisallowed, DecodeError) as exc:
+            self._undecodable = exc
+            raise
+        except Exception as exc:  # of a codec; Celery expects DecodeError
+            self._undecodable = MalformedMessage(f"the body cannot be decoded: {exc!r}")
+            raise self._undecodable from exc
+        return decoded
+
+    def ack(self, multiple: bool = False) -> None:
+        if not self._bury():
+            super().ack(multiple)
+
+    def reject(self, requeue: bool = False) -> None:
+        if requeue or not self._bury():
+            super().reject(requeue)
+
+    def _bury(self) -> bool:
+        """Make this message a dead letter if it cannot be decoded; return whether."""
+        if self._undecodable is None or self.acknowledged or self.channel is None:
+            return False
+        self.channel.bury(self.delivery_tag, "malformed", self._undecodable)
+        self._state = "REJECTED"
+        return True
 
     def requeue_later(self, delay: float) -> None:
         """Put this message back, to be delivered again after *delay* seconds.

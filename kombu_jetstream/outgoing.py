@@ -116,10 +116,30 @@ class Outgoing:
                 self._store(queue, message, payload, len(queues) > 1, timeout)
         return True
 
-    def forward(self, message: envelope.Envelope, exchange: str, routing_key: str) -> None:
-        """Publish a received message again, to another exchange, as a message of its own."""
-        again = dict(message, properties=dict(message["properties"], delivery_tag=next(self._ids)))
-        self.publish(again, exchange, routing_key, False, None)
+    def forward(
+        self, message: envelope.Envelope, exchange: str, routing_key: str, message_id: str
+    ) -> bool:
+        """Publish a received message again, to another exchange; return whether a queue takes it.
+
+        It is a message of its own, *message_id*, that is due now and does not expire, as in
+        RabbitMQ.  Confirmed in any case: the caller settles the first one when this returns.
+        """
+        properties = dict(message["properties"], delivery_tag=message_id)
+        for name in ("expiration", "DelaySeconds"):
+            properties.pop(name, None)
+        headers = dict(message["headers"])
+        headers.pop(DEDUP_HEADER, None)  # or the first message would make this one a duplicate
+        pipelined, self._pipelined = self._pipelined, False
+        try:
+            return self.publish(
+                dict(message, headers=headers, properties=properties),
+                exchange,
+                routing_key,
+                True,
+                None,
+            )
+        finally:
+            self._pipelined = pipelined
 
     def _heard(self, subject: bytes, payload: bytes) -> bool:
         """Publish to transient queues and tell whether there was one.

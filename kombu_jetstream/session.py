@@ -21,11 +21,13 @@ from typing import TYPE_CHECKING, Any
 
 from . import extensions
 from .connection import ConnectionSettings, Credentials, NatsConnection, Server
+from .deadletter import RETRY_INTERVAL
 from .errors import (
     ApiError,
     ConnectionLost,
     JetStreamTransportError,
     JetStreamUnavailable,
+    NoResponders,
     NoServers,
     QueueMissing,
 )
@@ -116,6 +118,9 @@ class Session:
         self._ready_transient: dict[str, TransientQueue] = {}
         self._news_read = self._route_checked = float("-inf")
         self._next_tick = time.monotonic() + TICK
+        #: why dead letters could not be stored, until one is again
+        self._letter_failures: set[str] = set()
+        self._streams_missing = False
         try:
             # Now, so that a server without JetStream or with streams that are not ours is an
             # error of connecting, which kombu tries again at its pace.
@@ -305,6 +310,8 @@ class Session:
             self.forget_transient(queue)
         if self.publisher.unconfirmed:
             self.publisher.retry(now)
+        if self._streams_missing:
+            self._restore_streams()
 
     def _after_read(self) -> None:
         for channel in list(self.channels):
@@ -396,6 +403,34 @@ class Session:
 
     def _version(self) -> tuple[str]:
         return (".".join(map(str, self.nats.info.version)),)
+
+    def dead_letter_written(self, failure: JetStreamTransportError | None) -> None:
+        """Say once why dead letters cannot be stored, and once that they are again."""
+        told = self._letter_failures
+        if failure is None:
+            if told:
+                told.clear()
+                logger.info("dead letters are stored again")
+            return
+        self._streams_missing = isinstance(failure, NoResponders)
+        if str(failure) not in told:
+            told.add(str(failure))
+            logger.error(
+                "dead letters cannot be stored, so their messages stay in the queue and are "
+                "tried again every %g s: %s",
+                RETRY_INTERVAL,
+                failure,
+            )
+
+    def _restore_streams(self) -> None:
+        """Make streams again that somebody deleted, as the option ``provision`` says."""
+        self._streams_missing = False
+        try:
+            self.jetstream.provision(again=True)
+        except ConnectionLost:
+            raise
+        except JetStreamTransportError as exc:
+            logger.error("a stream is missing: %s", exc)
 
     def write_dead_letter(self, letter: DeadLetter, payload: bytes, death: str) -> None:
         """Store *payload* as a dead letter and wait for the confirm, as `publish_timeout` says.
