@@ -71,7 +71,9 @@ class Site:
             app.pool.force_close_all()
             app.close()
 
-    def worker(self, name: str = "worker", *, pool: str = "prefork", **options: Any) -> CeleryWorker:
+    def worker(
+        self, name: str = "worker", *, pool: str = "prefork", **options: Any
+    ) -> CeleryWorker:
         """A worker that is not started yet; killed with the site at the latest."""
         config = {**self.config, **options.pop("config", {})}
         worker = CeleryWorker(
@@ -128,10 +130,21 @@ class Site:
 
     def assert_each_ran_once(self, task_ids: Sequence[str]) -> None:
         """Fail unless each of these tasks was started and ended once; others do not count."""
-        wanted = set(task_ids)
         for what, found in (("start", self.ledger.starts()), ("end", self.ledger.ends())):
-            counts = {task_id: found[task_id] for task_id in wanted if found[task_id] != 1}
-            assert not counts, f"expected one {what} each, got {counts}"
+            wrong = [task_id for task_id in task_ids if found[task_id] != 1]
+            if wrong:
+                raise AssertionError(
+                    f"expected one {what} each, {len(wrong)} of {len(task_ids)} have not; "
+                    f"the story of the first:\n{self.story_of(wrong[0])}"
+                )
+
+    def story_of(self, task_id: str) -> str:
+        """What the ledger and the workers' logs say of one task."""
+        lines = [str(entry) for entry in self.ledger.entries() if entry.task_id == task_id]
+        for log in sorted(self.folder.glob("*.log")):
+            found = [line[:200] for line in log.read_text().splitlines() if task_id in line]
+            lines += [f"{log.name}: {line}" for line in found]
+        return "\n".join(lines) or "nothing"
 
 
 def start_all(workers: Iterable[CeleryWorker]) -> None:

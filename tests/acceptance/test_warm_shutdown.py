@@ -1,0 +1,91 @@
+"""SIGTERM in the middle of a run: every task runs once, on this worker or on another."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+
+from kombu_jetstream.server import NatsServer
+from tests.acceptance.sites import POOLS, Site, start_all
+from tests.servers import CeleryWorker, eventually
+
+pytestmark = [pytest.mark.pools, pytest.mark.nats29]
+
+TASKS = 300
+
+#: The server's default: what a worker did not give back would come back only after this.
+VISIBILITY_TIMEOUT = 30.0
+
+
+@pytest.fixture(scope="module")
+def sites(shared_nats_server: NatsServer, make_site: Callable[..., Site]) -> dict[str, Site]:
+    return {pool: make_site(f"{shared_nats_server.broker_url}/{pool}", pool) for pool in POOLS}
+
+
+@pytest.fixture(scope="module")
+def workers(sites: dict[str, Site]) -> dict[str, tuple[CeleryWorker, CeleryWorker]]:
+    """Two workers on every pool."""
+    workers = {
+        pool: (
+            site.worker("leaves", pool=pool, concurrency=2),
+            site.worker("stays", pool=pool, concurrency=2),
+        )
+        for pool, site in sites.items()
+    }
+    start_all(worker for pair in workers.values() for worker in pair)
+    return workers
+
+
+@pytest.mark.parametrize("task_name", ["nap", "nap_late"], ids=["early ack", "late ack"])
+@pytest.mark.parametrize("pool", POOLS)
+def test_warm_shutdown_of_one_of_two_workers_loses_and_repeats_nothing(
+    sites: dict[str, Site],
+    workers: dict[str, tuple[CeleryWorker, CeleryWorker]],
+    pool: str,
+    task_name: str,
+) -> None:
+    site, (leaves, stays) = sites[pool], workers[pool]
+    if not leaves.is_running:
+        leaves.start().wait_ready()
+    pids_before = {entry.pid for entry in site.ledger.entries()}
+    task_ids = site.send(task_name, TASKS, 0.01)
+    wanted = set(task_ids)
+
+    def is_in_the_middle() -> bool:
+        ended = wanted & set(site.ledger.ends())
+        return len(ended) > TASKS / 6
+
+    eventually(is_in_the_middle, within=20)
+    ended_before = set(site.ledger.ends())
+    stopped_at = time.monotonic()
+    assert leaves.warm_shutdown(within=15) == 0
+
+    site.wait_ended(task_ids, within=VISIBILITY_TIMEOUT / 2)
+    assert time.monotonic() - stopped_at < VISIBILITY_TIMEOUT - 5
+    site.assert_each_ran_once(task_ids)
+    # It was the middle: both had worked, and something was left.
+    assert wanted - ended_before
+    assert pids_before is not None and stays.is_running
+
+
+def test_worker_that_leaves_alone_keeps_nothing_back(
+    shared_nats_server: NatsServer, make_site: Callable[..., Site]
+) -> None:
+    """The next worker gets the rest at once, not after the lease of the one before."""
+    site = make_site(f"{shared_nats_server.broker_url}/alone", "alone")
+    task_ids = site.send("nap", 60, 0.1)
+    first = site.worker("first").start().wait_ready()
+    eventually(lambda: len(site.ledger.ends()) > 4, within=20)
+
+    first.warm_shutdown()
+    left = set(task_ids) - set(site.ledger.ends())
+    second = site.worker("second", pool="threads", concurrency=20).start().wait_ready()
+    started_at = time.monotonic()
+
+    assert len(left) > 20
+    site.wait_ended(task_ids, within=10)
+    assert time.monotonic() - started_at < 10
+    site.assert_each_ran_once(task_ids)
+    assert second.is_running
