@@ -597,7 +597,8 @@ class Channel(base.StdChannel):  # type: ignore[misc]  # kombu has no types
             delivery.settler.settle(delivery, "nak")
             return
         self._pulls.received(source, pending, slot, delivery.received_at)
-        if attempt > 1 and self._session.ledger.held_again(msg.reply):
+        ledger = self._session.ledger
+        if (attempt > 1 or ledger.is_wary) and ledger.held_again(msg.reply):
             self._pulls.settled()
             return
         self.qos.hold(delivery)

@@ -21,7 +21,7 @@ import os
 import threading
 import time
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -71,11 +71,14 @@ def due(
     ]
 
 
-def message_of(token: bytes) -> tuple[bytes, bytes]:
-    """Return the stream and the sequence number of the message *token* settles (ADR-15)."""
+def message_of(token: bytes) -> tuple[bytes, bytes, bytes]:
+    """Return stream, sequence number and time of the message *token* settles (ADR-15).
+
+    The time, because a stream made anew begins to count anew.
+    """
     words = token.split(b".")
     at = 2 if len(words) == 9 else 4
-    return (words[at], words[at + 3]) if len(words) >= 9 else (token, b"")
+    return (words[at], words[at + 3], words[at + 5]) if len(words) >= 9 else (token, b"", b"")
 
 
 class Ledger:
@@ -93,6 +96,8 @@ class Ledger:
         #: pipelined messages whose confirm did not come before the connection was lost
         self._unconfirmed: list[Unconfirmed] = []
         self._acks: deque[tuple[float, int, bytes]] = deque(maxlen=REMEMBERED_ACKS)
+        #: messages acknowledged across a loss, and when; a killed server may not know
+        self._acked_across: OrderedDict[tuple[bytes, bytes, bytes], float] = OrderedDict()
         #: monotonic time of the last loss of a connection, and whether there ever was one
         self.lost_at = float("-inf")
         self.connected_before = False
@@ -125,11 +130,10 @@ class Ledger:
                 self.lost_at = time.monotonic()
                 self._lost_server = link.connection.server
                 since = time.monotonic() - REMEMBERED_SECONDS
-                self._unsent.extend(
-                    (token, b"+ACK")
-                    for at, taker, token in self._acks
-                    if at > since and taker == id(link)
-                )
+                for at, taker, token in self._acks:
+                    if at > since and taker == id(link):
+                        self._unsent.append((token, b"+ACK"))
+                        self._note_across(token)
 
     def servers(self, configured: tuple[Server, ...]) -> tuple[Server, ...]:
         """Return where to connect: as *configured*, then what the cluster made known.
@@ -182,6 +186,15 @@ class Ledger:
             self.lost_at = time.monotonic()
             self._orphans.pop(token, None)
             self._unsent.append((token, payload))
+            if payload == b"+ACK":
+                self._note_across(token)
+
+    def _note_across(self, token: bytes) -> None:
+        """Remember an acknowledgement whose connection was lost before it; the lock is held."""
+        across = self._acked_across
+        across[message_of(token)] = time.monotonic()
+        while len(across) > REMEMBERED_ACKS:
+            across.popitem(last=False)
 
     # -- the beat ------------------------------------------------------------------------------
 
@@ -306,12 +319,33 @@ class Ledger:
             except JetStreamTransportError as exc:
                 logger.debug("a connection was lost while nobody read it: %s", exc)
 
-    def held_again(self, token: bytes) -> bool:
-        """Tell whether a redelivered message is one this process holds, and hold it by *token*.
+    @property
+    def is_wary(self) -> bool:
+        """Whether a first delivery may be none, either: after the loss of a connection.
 
-        The server gave it up while the process was stopped, or was too busy to read.
+        A server that is killed forgets what it delivered in its last moments.
+        """
+        across = self._acked_across
+        if across and time.monotonic() - across[next(reversed(across))] > self._wary_for:
+            across.clear()
+        return bool(across or self._orphans)
+
+    @property
+    def _wary_for(self) -> float:
+        return 2 * self.options.visibility_timeout + REMEMBERED_SECONDS
+
+    def held_again(self, token: bytes) -> bool:
+        """Tell whether a message is one this process holds, and hold it by *token*.
+
+        The server gave it up while the process was stopped or too busy to read, or forgot that it
+        had delivered it.  One that was acknowledged meanwhile is acknowledged again.
         """
         message = message_of(token)
+        with self._lock:
+            if message in self._acked_across:
+                self._unsent.append((token, b"+ACK"))
+                self._wake.set()
+                return True
         for holder in list(self._holders):
             for delivery in holder.deliveries():
                 if not delivery.settled and message_of(delivery.token) == message:
