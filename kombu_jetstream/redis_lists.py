@@ -9,8 +9,8 @@ What a worker took and did not settle is in a hash of its own, until it settles 
 
 =====================================  =======================================================
 ``_kombu_jetstream.held.<worker>``     field ``<take>:<number>:<list>``, value the message
-``_kombu_jetstream.alive.<worker>``    expires after ``fallback_liveness_timeout``, renewed each
-                                       third of it
+``_kombu_jetstream.alive.<worker>``    expires within ``fallback_liveness_timeout``, unless the
+                                       worker renews it
 ``_kombu_jetstream.workers``           the workers that may hold something
 ``_kombu_jetstream.attempts``          SHA-1 of a message that came back, and how often
 =====================================  =======================================================
@@ -87,8 +87,9 @@ POLL_INTERVAL = 1.0
 #: Seconds for the answer to a PING on the reader's connection.
 PONG_TIMEOUT = 5.0
 
-#: Liveness is renewed this often per ``fallback_liveness_timeout``.
-BEATS_PER_LIVENESS = 3
+#: Signs of life, and looks for those of others, per ``fallback_liveness_timeout``.  A sign lasts for
+#: all but one of them, so that the dead are found within that time.
+BEATS_PER_LIVENESS = 4
 
 #: How long Redis remembers that a message came back.
 ATTEMPTS_LIFETIME = 7 * 24 * 60 * 60
@@ -140,7 +141,8 @@ class RedisLists:
         self.workers_key, self.attempts_key = f"{base}workers", f"{base}attempts"
         self.written_key = f"{base}written"
         self.take_script = _script("take")
-        self.liveness_ms = int(options.fallback_liveness_timeout * 1000)
+        lifetime = options.fallback_liveness_timeout * (1 - 1 / BEATS_PER_LIVENESS)
+        self.liveness_ms = max(1, int(lifetime * 1000))
         #: Numbers of takes; what a lost one moved is found by it.
         self.takes = count(1)
         #: whether the last command was answered
