@@ -226,10 +226,12 @@ class Replay:
             else:
                 ready.setdefault(prepared.level, []).append(prepared)
         for level, group in ready.items():
-            if self._broker.names.stream(level) in self._fences:
-                await self._write_batch(level, group)
-            else:
-                await gather([self._write_claimed(each) for each in group])
+            fenced = self._broker.names.stream(level) in self._fences
+            claimed = [e for e in group if not fenced or e.letter.token in self._claims]
+            await gather([self._write_claimed(each) for each in claimed])
+            others = [e for e in group if fenced and e.letter.token not in self._claims]
+            if others:
+                await self._write_batch(level, others)
 
     def _prepare(self, letter: Letter) -> _Ready:
         record = letter.record
@@ -267,12 +269,11 @@ class Replay:
             await broker.api(f"STREAM.PURGE.{stream}", {"filter": fence, "keep": 1})
             marks = await broker.subjects(stream, self._mark(level, "*"))
             self._marks.update(subject.rpartition(".")[2] for subject in marks)
-        if len(self._fences) < len(broker.levels):
-            async for page in broker.pages(self._letters.stream, self._claim("*"), 500):
-                for stored in page:
-                    token = stored.subject.rpartition(".")[2]
-                    claim = (stored.seq, stored.stored_at, json.loads(stored.payload))
-                    self._claims[token] = claim
+        # With batches, too: the server may have been upgraded since.
+        async for page in broker.pages(self._letters.stream, self._claim("*"), 500):
+            for stored in page:
+                token = stored.subject.rpartition(".")[2]
+                self._claims[token] = (stored.seq, stored.stored_at, json.loads(stored.payload))
 
     async def _end(self) -> None:
         """Take the fences away, if the connection still stands."""
