@@ -287,6 +287,7 @@ class Difference:
 STREAM_FIELDS = (
     "subjects",
     "retention",
+    "discard",
     "storage",
     "num_replicas",
     "max_age",
