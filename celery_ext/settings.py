@@ -160,8 +160,8 @@ class Settings:
 
         Raises `OptionsError` for unknown names and bad values.
         """
-        for name in _misspelled(conf):
-            raise OptionsError.unknown("setting", name, KEYS)
+        for name, known in _misspelled(conf):
+            raise OptionsError.unknown("setting", name, known)
         retry, retry_tasks = _retry(_value(conf, "jetstream_retry"))
         return cls(
             retry=retry,
@@ -190,16 +190,19 @@ def _switch(conf: Mapping[str, Any], key: str) -> bool:
     return True if value is None else bool(SWITCH.checked(value, key))
 
 
-def _misspelled(conf: Mapping[str, Any]) -> Iterator[str]:
-    """Yield keys that are nearly ours.  Others are the user's: a configuration module may have any
-    name in it."""
-    prefix = (getattr(conf, "prefix", None) or "").lower()
+def _misspelled(conf: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
+    """Yield keys that are nearly ours, and what ours are in the same spelling.
+
+    Others are the user's: a configuration module may have any name in it.
+    """
+    namespace = (getattr(conf, "prefix", None) or "").lower()
     for key in conf:
         if not isinstance(key, str) or "jetstream" not in key.lower():
             continue
-        name = key.lower().removeprefix(prefix).removeprefix("celery_")
+        name = key.lower().removeprefix(namespace).removeprefix("celery_")
         if name not in KEYS and difflib.get_close_matches(name, KEYS, n=1, cutoff=0.85):
-            yield key
+            prefix = key[: -len(name)]
+            yield key, [prefix + (each.upper() if key.isupper() else each) for each in KEYS]
 
 
 def _retry(value: Any) -> tuple[RetryPolicy | None, dict[str, RetryPolicy | None]]:
