@@ -587,6 +587,7 @@ class Channel(base.StdChannel):  # type: ignore[misc]  # kombu has no types
                 self._arrived_message(msg, slot if current else None)
             else:
                 self._arrived_status(msg, int(msg.subject[len(inbox) + 1 :]))
+                self._session.wake_loop()
 
     def _arrived_message(self, msg: Msg, slot: int | None) -> None:
         """Hold a message; *slot* is None for one that crossed a withdrawal."""

@@ -460,7 +460,7 @@ class DualSession(_ReadsLists):
     def _wait(self, timeout: float) -> None:
         fds = self._list_fds()
         if not fds:
-            self.nats.wait(self.has_ready, timeout)
+            self.nats.wait(self.has_news, timeout)
             return
         self.nats.flush()
         if self.nats.read_available() or self.has_ready():

@@ -131,7 +131,9 @@ class Pulls:
         self.sources: list[Source] = []
         self.held = 0
         self.guard = guard
-        #: by level: deliveries of more urgent levels handed on since its own last one
+        #: a level is due when as many others were handed on; low goes first when both are
+        self.low_due, self.medium_due = max(1, guard - 1), max(1, guard - 2)
+        #: by level: deliveries of other levels handed on since its own last one
         self.since_served = [0, 0, 0]
         #: by level: deliveries that arrived and were not handed on yet
         self.buffered = [0, 0, 0]
@@ -148,6 +150,8 @@ class Pulls:
         #: waiting pulls ask for too much, or may be lost
         self._recall = False
         self._probed_at = float("-inf")
+        #: the backlog got its turn after the last probes
+        self._served = True
         #: by level: the starvation guard's next turn is a look around
         self._look_around = [False, False, False]
         self._next_id = 0
@@ -328,6 +332,8 @@ class Pulls:
             credit -= self._take(commands, source, batch, now)
         for source in self._due_above(level, credit, now):
             credit -= self._take(commands, source, 1, now)
+        if credit > 0:
+            self._served = True
         share = max(1, credit // len(sources))
         for source in sources:
             credit -= self._take(commands, source, min(share, source.backlog, credit), now)
@@ -371,15 +377,16 @@ class Pulls:
     def _due_above(self, level: int, credit: int, now: float) -> list[Source]:
         """Return sources as urgent as *level* or more that may have got messages meanwhile.
 
-        At most half of the credit goes to them, and all of it at most once in `RECHECK`, so that
-        any number of idle sources leaves room for the backlog.
+        They get half of the credit, or with a credit of 1 every second turn, and once in
+        `RECHECK` at most: any number of idle sources leaves room for the backlog.
         """
-        if now - self._probed_at < RECHECK or credit <= 0:
+        if now - self._probed_at < RECHECK or not self._served or credit <= 0:
             return []
         due = [source for above in range(level + 1) for source in self._unseen(above, now)]
         if not due:
             return due
         self._probed_at = now
+        self._served = False
         due.sort(key=lambda source: source.checked)
         return due[: min(MAX_PROBES, max(1, credit // 2))]
 
@@ -463,17 +470,21 @@ class Ready(Generic[T]):
 
     def pop(self) -> T:
         """Return the next item.  Raises IndexError when there is none."""
-        since, guard = self._pulls.since_served, self._pulls.guard
-        chosen = -1
-        for level, items in enumerate(self._levels):
-            if items and (chosen < 0 or since[level] >= guard - 1):
-                chosen = level
-        if chosen < 0:
+        pulls = self._pulls
+        since = pulls.since_served
+        high, medium, low = self._levels
+        if low and (since[2] >= pulls.low_due or not (high or medium)):
+            chosen = 2
+        elif medium and (since[1] >= pulls.medium_due or not high):
+            chosen = 1
+        elif high:
+            chosen = 0
+        else:
             raise IndexError("nothing is ready")
+        since[1] += 1
+        since[2] += 1
         since[chosen] = 0
-        for lower in range(chosen + 1, 3):
-            since[lower] += 1
-        self._pulls.buffered[chosen] -= 1
+        pulls.buffered[chosen] -= 1
         return self._levels[chosen].popleft()
 
     def take(self, predicate: Callable[[T], bool]) -> list[T]:

@@ -209,8 +209,12 @@ class Session:
         self.nats.read_available()
 
     def _wait(self, timeout: float) -> None:
-        """Read until there is something to hand on, at most *timeout* seconds."""
-        self.nats.wait(self.has_ready, timeout)
+        """Read until there is something to hand on or to act on, at most *timeout* seconds."""
+        self.nats.wait(self.has_news, timeout)
+
+    def has_news(self) -> bool:
+        """Tell whether anything came: a message, or word that a pull is over."""
+        return self.has_ready() or any(channel.dirty for channel in self.channels)
 
     def has_ready(self) -> bool:
         """Tell whether `dispatch_one` has something to hand on."""
@@ -272,22 +276,23 @@ class Session:
     def on_readable(self) -> None:
         """Read what is there and hand it all on."""
         self.nats.read_available()
-        self._after_read()
         self._dispatch_all()
 
     def _dispatch_all(self) -> None:
         self._scheduled = False
         self._dispatching = True
         try:
+            self._after_read()
             for _ in range(MAX_PER_TICK):
                 if not self.dispatch_one():
+                    self._after_read()  # what a consumer read while it waited for a reply
                     return
         finally:
             self._dispatching = False
         self.wake_loop()
 
     def wake_loop(self) -> None:
-        """Hand on what arrived outside `on_readable` in the loop's next tick.
+        """Act on what arrived outside `on_readable` in the loop's next tick.
 
         A message may be read while something waits for a reply; no more bytes may ever come.
         """
