@@ -3,16 +3,18 @@
 
 PYTHON ?= python3
 # More arguments for pytest: make test ARGS="tests/unit -x"
+# and for the benchmarks: make bench ARGS="--quick --only publish"
 ARGS ?=
 
 PIP_INSTALL = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test lint clean install-test
+.PHONY: help demo test lint bench clean install-test
 
 help:
 	@echo "make demo    a real worker and nats-server on docs/examples/shop"
 	@echo "make test    the whole test suite"
 	@echo "make lint    formatting, lint and types"
+	@echo "make bench   this transport beside Redis and RabbitMQ, in benchmark-results/"
 	@echo "make clean   remove what these made"
 
 demo: .venv/.installed-demo
@@ -25,6 +27,9 @@ lint: install-test
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m ruff format --check .
 	.venv/bin/python -m mypy
+
+bench: install-test .venv/.installed-bench
+	.venv/bin/python -m tests.benchmarks --out benchmark-results $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage htmlcov
@@ -40,6 +45,10 @@ install-test: .venv/.installed-test
 .venv/.installed-test: setup.cfg pyproject.toml | .venv/bin/python
 	@echo "Installing what the tests need into .venv, the first time takes a minute or two"
 	@$(PIP_INSTALL) --editable ".[test,dev]"
+	@touch $@
+
+.venv/.installed-bench: setup.cfg pyproject.toml | .venv/bin/python
+	@$(PIP_INSTALL) --editable ".[bench]"
 	@touch $@
 
 # Debian's Python has no ensurepip without the package python3-venv; pip can then
