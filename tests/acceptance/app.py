@@ -133,6 +133,10 @@ def _add_tasks(app: Celery) -> None:
     def fan_out(self: Task, task_name: str, count: int) -> list[str]:
         return [self.app.send_task(task_name).id for _ in range(count)]
 
+    @task("where", bind=True)
+    def where(self: Task) -> dict[str, Any]:
+        return dict(self.request.delivery_info)
+
     @task("tick")
     def tick() -> None:
         return None

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from celery import Celery
 
+from tests.acceptance.app import make_app
 from tests.acceptance.sites import Site
 from tests.servers import missing, nats_server_binary
 
@@ -27,8 +29,14 @@ def make_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...
     """
     with ExitStack() as stack:
 
-        def make(broker_url: str, name: str = "site", **config: Any) -> Site:
+        def make(
+            broker_url: str,
+            name: str = "site",
+            *,
+            make_app: Callable[..., Celery] = make_app,
+            **config: Any,
+        ) -> Site:
             folder: Path = tmp_path_factory.mktemp(f"{name} folder")
-            return stack.enter_context(Site(folder, broker_url, config))
+            return stack.enter_context(Site(folder, broker_url, config, make_app))
 
         yield make

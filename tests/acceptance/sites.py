@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -23,10 +23,16 @@ CONCURRENCY = {"prefork": 2, "threads": 4, "solo": 1, "gevent": 20, "eventlet": 
 class Site:
     """A broker URL, Celery settings, and the folder with the ledger and the results.
 
-    *config* holds Celery settings for workers and client alike.
+    *config* holds Celery settings for workers and client alike, *make_app* makes the client.
     """
 
-    def __init__(self, folder: Path, broker_url: str, config: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        broker_url: str,
+        config: dict[str, Any],
+        make_app: Callable[..., celery.Celery] = make_app,
+    ) -> None:
         self.folder = folder
         self.broker_url = broker_url
         self.config = config
@@ -34,6 +40,7 @@ class Site:
         self.results.mkdir()
         self.ledger = Ledger(folder / "ledger")
         self._stack = ExitStack()
+        self._make_app = make_app
         self._client: celery.Celery | None = None
 
     def __enter__(self) -> Site:
@@ -57,7 +64,7 @@ class Site:
     @contextmanager
     def new_client(self, broker_url: str | None = None, **config: Any) -> Iterator[celery.Celery]:
         """A producer of its own, closed at the end of the block."""
-        app = make_app(
+        app = self._make_app(
             **{
                 "broker_url": broker_url if broker_url is not None else self.broker_url,
                 "result_backend": file_backend_url(self.results),
@@ -85,6 +92,8 @@ class Site:
             config=config,
             ledger=self.ledger.path,
             results=self.results,
+            # Tests in a container run as root, and some take pickle.
+            env={"C_FORCE_ROOT": "1", **options.pop("env", {})},
             **options,
         )
         self._stack.callback(worker.kill9)

@@ -7,7 +7,7 @@ of them take as long as those of one.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
@@ -60,7 +60,7 @@ def test_a_thousand_tasks_run_exactly_once(pools: dict[str, Pool], pool: str) ->
 
 
 @pytest.fixture(scope="module")
-def long_tasks(pools: dict[str, Pool]) -> Iterator[dict[str, Pool]]:
+def long_tasks(pools: dict[str, Pool]) -> dict[str, Pool]:
     """All that takes longer than three times the visibility_timeout, given enough time to end.
 
     Countdowns first: the solo pool looks at nothing while a task runs.
@@ -84,7 +84,7 @@ def long_tasks(pools: dict[str, Pool]) -> Iterator[dict[str, Pool]]:
     # What would have run again had its time: one more round through every worker.
     for pool in pools.values():
         pool.site.wait_ended(pool.site.send("nap", 1, VISIBILITY_TIMEOUT), within=30)
-    yield pools
+    return pools
 
 
 @pytest.mark.parametrize("task", ["early ack", "late ack"])
