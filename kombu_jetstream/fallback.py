@@ -597,6 +597,8 @@ class RedisSession(_ReadsLists):
         now = now if now is not None else time.monotonic()
         self._next_tick = now + TICK
         self.check()
+        for channel in self.channels:
+            channel.tick(now)
         self._tick_lists(now)
 
     # -- the end -------------------------------------------------------------------------------

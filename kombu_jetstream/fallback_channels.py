@@ -121,6 +121,11 @@ class _ListsChannel(Channel):
         if not self.closed:
             super().after_read()
 
+    def _after_settle(self) -> None:
+        super()._after_settle()
+        if not self.closed and not self._sources and self._reader is not None:
+            self.refill()
+
     def lose(self) -> None:
         if self.closed:
             return
@@ -518,7 +523,7 @@ class RedisChannel(_ListsChannel):
         return None
 
     def tick(self, now: float) -> None:
-        pass
+        self.refill()
 
     # -- what is given up on -------------------------------------------------------------------
 
