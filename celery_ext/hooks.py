@@ -141,7 +141,13 @@ class Hooks:
     ) -> None:
         """Give a message the priority of its task's level, unless the caller gave one."""
         app = self._publisher(sender, declare)
-        policies = self._of(app) if app is not None else _NOTHING
+        if app is None:
+            return
+        try:
+            policies = self._of(app)
+        except JetStreamTransportError as error:
+            logger.error("publishing without the settings of app %r: %s", app.main, error)
+            return
         if properties.get("priority") is None:
             priority = policies.priorities.get(sender)
             if priority is not None:

@@ -28,6 +28,9 @@ class Nack(Ignore, Reject):
         Reject.__init__(self, f"again in {delay:g} s" if delay else "again at once", requeue=True)
         self.args = (delay,)  # what pickle and the JSON result format build it from
 
+    def __str__(self) -> str:
+        return str(self.reason)
+
     __repr__ = Reject.__repr__
 
 
