@@ -455,8 +455,8 @@ class NatsConnection:
         sock, out = self._usable(), self._out
         if self._is_sending:
             return True  # the call we interrupted sends this too
-        self._is_sending = True
         try:
+            self._is_sending = True
             while out:
                 # OpenSSL must see what it could not send again, with more behind it or not:
                 # `out` grows at its end only.
@@ -667,9 +667,9 @@ class NatsConnection:
         sock = self._usable()
         if self._is_receiving:
             return False, None  # the call we interrupted reads it
-        self._is_receiving = True
         self._reads += 1
         try:
+            self._is_receiving = True
             data = sock.recv(READ_BYTES)
             if data:
                 self._heard = True
