@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["Message"]
 
 
-class Message(base.Message):  # type: ignore[misc]  # kombu has no types
+class Message(base.Message):
     """One delivery, with its envelope undone.
 
     The delivery knows this object weakly: when nobody holds it any more, nobody can settle it.

@@ -33,17 +33,17 @@ from typing import Any
 from kombu.transport import base
 
 from . import errors, extensions, options, tls
-from .channel import Channel
+from .channel import Channel as _Channel
 from .connection import ConnectionSettings
 from .session import Session, connection_settings
 
 __all__ = ["SecureTransport", "Transport"]
 
 
-class Transport(base.Transport):  # type: ignore[misc]  # kombu has no types
+class Transport(base.Transport):
     """The ``jetstream://`` transport."""
 
-    Channel = Channel
+    Channel = _Channel
 
     #: kombu hands the URL over as it is: it has commas, a query and two kinds of user info.
     can_parse_url = True
@@ -117,12 +117,12 @@ class Transport(base.Transport):  # type: ignore[misc]  # kombu has no types
             transport=self.scheme,
         )
 
-    def create_channel(self, connection: Session) -> Channel:
+    def create_channel(self, connection: Session) -> _Channel:
         channel = (connection.channel_class or self.Channel)(connection)
         connection.channels.append(channel)
         return channel
 
-    def close_channel(self, channel: Channel) -> None:
+    def close_channel(self, channel: _Channel) -> None:
         channel.close()
 
     def close_connection(self, connection: Session) -> None:
@@ -177,7 +177,7 @@ class SecureTransport(Transport):
     scheme = "jetstreams"
 
 
-class Management(base.Management):  # type: ignore[misc]  # kombu has no types
+class Management(base.Management):
     """What kombu asks of a broker's management API."""
 
     def get_bindings(self) -> list[dict[str, str]]:
