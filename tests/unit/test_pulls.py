@@ -8,6 +8,7 @@ apart, so that a test decides what crosses what.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import Counter, deque
 from dataclasses import dataclass, field
@@ -509,7 +510,7 @@ def test_starvation_guard_serves_a_lower_level_at_its_rate(limit, guard):
 
     settled = order[limit + guard :]
     gaps = [i for i, source in enumerate(settled) if source is low]
-    assert max(b - a for a, b in zip(gaps, gaps[1:], strict=False)) <= guard
+    assert max(b - a for a, b in itertools.pairwise(gaps)) <= guard
     # Neither does it get much more than that: strict priority holds otherwise.
     assert len(gaps) <= len(settled) / guard * 1.2 + limit
 
@@ -607,7 +608,7 @@ def test_a_backlog_that_others_took_does_not_hold_up_another_queue(limit):
     w.exchange()
 
     assert w.pulls.held == min(3, limit)
-    assert list(w.ready)[0] is own
+    assert next(iter(w.ready)) is own
 
 
 def test_others_waiting_for_all_there_is_are_left_to_it():
@@ -831,7 +832,7 @@ def test_ready_keeps_the_starvation_guard():
     assert Counter(order)[HIGH] >= 25
     for level in (MEDIUM, LOW):
         at = [-1, *(i for i, found in enumerate(order) if found == level)]
-        assert max(b - a for a, b in zip(at, at[1:], strict=False)) <= 5
+        assert max(b - a for a, b in itertools.pairwise(at)) <= 5
 
 
 def test_ready_takes_out_what_belongs_to_a_queue():
