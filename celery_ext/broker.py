@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import re
 import ssl
@@ -62,7 +63,16 @@ from kombu_jetstream.protocol import Info
 from kombu_jetstream.topology import Names
 from kombu_jetstream.transport import Transport
 
-__all__ = ["Ack", "Broker", "Stored", "connect", "gather", "run", "settings_of"]
+__all__ = [
+    "Ack",
+    "Broker",
+    "Stored",
+    "connect",
+    "gather",
+    "open_client",
+    "run",
+    "settings_of",
+]
 
 T = TypeVar("T")
 
@@ -129,7 +139,7 @@ async def connect(app: Any, *, timeout: float = API_TIMEOUT) -> AsyncIterator[Br
         for left in reversed(range(max(1, len(connection.alt)))):
             options, settings = settings_of(connection)
             try:
-                client, server = await _first_server(settings)
+                client, server = await open_client(settings)
             except ConnectionLost:
                 if not left:
                     raise
@@ -205,7 +215,8 @@ class _Client(Client):
             self.denied(PermissionDenied(operation, found[2]))
 
 
-async def _first_server(settings: ConnectionSettings) -> tuple[_Client, Server]:
+async def open_client(settings: ConnectionSettings) -> tuple[_Client, Server]:
+    """Connect to the first server that answers; the caller closes the client."""
     causes: list[tuple[str, BaseException | str]] = []
     for server in settings.servers:
         client = _Client(server)
@@ -384,6 +395,15 @@ class Broker:
             self._waiting.discard(waiting)
             asking.cancel()
             waiting.denied.cancel()
+
+    async def ping(self) -> None:
+        """Return when the server has answered to all that was sent; raises as `request`."""
+        try:
+            await self.client.flush(max(1, math.ceil(self.timeout)))
+        except (nats.errors.TimeoutError, asyncio.TimeoutError) as exc:
+            raise RequestTimeout("PING", self.timeout) from exc
+        except (nats.errors.Error, OSError) as exc:
+            raise ConnectionLost(str(exc).removeprefix("nats: ")) from exc
 
     async def api(self, operation: str, body: Any = None) -> dict[str, Any]:
         """Return the answer to a request to JetStream's API.
