@@ -31,6 +31,7 @@ class QueueArguments:
 
     message_ttl: float | None = None
     expires: float | None = None
+    max_priority: int | None = None
     dead_letter_exchange: str | None = None
     dead_letter_routing_key: str | None = None
 
@@ -49,7 +50,7 @@ class QueueArguments:
             if name in ("x-message-ttl", "x-expires"):
                 values[name] = _milliseconds(queue_name, name, value)
             elif name == "x-max-priority":
-                _check_priority(queue_name, value)
+                values[name] = _priority(queue_name, value)
             elif name in ("x-dead-letter-exchange", "x-dead-letter-routing-key"):
                 values[name] = str(value)
             elif name == "x-queue-type":
@@ -65,21 +66,25 @@ class QueueArguments:
         return cls(
             message_ttl=values.get("x-message-ttl"),
             expires=values.get("x-expires"),
+            max_priority=values.get("x-max-priority"),
             dead_letter_exchange=values.get("x-dead-letter-exchange"),
             dead_letter_routing_key=values.get("x-dead-letter-routing-key"),
         )
 
 
 def _milliseconds(queue_name: str, name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+    least = 1 if name == "x-expires" else 0
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least:
         raise PreconditionFailed(
-            f"expected {name!r} of queue {queue_name!r} to be milliseconds >= 0, got {value!r}"
+            f"expected {name!r} of queue {queue_name!r} to be milliseconds >= {least}, "
+            f"got {value!r}"
         )
     return value / 1000
 
 
-def _check_priority(queue_name: str, value: Any) -> None:
+def _priority(queue_name: str, value: Any) -> int | None:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 255:
         raise PreconditionFailed(
             f"expected 'x-max-priority' of queue {queue_name!r} to be 0 to 255, got {value!r}"
         )
+    return value or None  # RabbitMQ: with 0 the queue has no priorities

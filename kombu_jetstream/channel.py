@@ -78,7 +78,7 @@ class _Consumer:
     is_for_tasks: bool = False
 
 
-class Channel(base.StdChannel):  # type: ignore[misc]  # kombu has no types
+class Channel(base.StdChannel):
     """One kombu channel.  Used by one thread; only the settling verbs may come from any."""
 
     Message = Message
@@ -99,6 +99,8 @@ class Channel(base.StdChannel):  # type: ignore[misc]  # kombu has no types
         self.dirty = False
         self._consumers: dict[str, _Consumer] = {}
         self._sources: dict[bytes, Source] = {}
+        #: when the server last heard that a consumer is in use
+        self._touched: dict[Source, float] = {}
         #: subject prefix and subscription of the pulls, by slot
         self._inboxes: list[tuple[bytes, int] | None] = [None] * SLOTS
         self._has_pulled = False
@@ -134,7 +136,7 @@ class Channel(base.StdChannel):  # type: ignore[misc]  # kombu has no types
 
     def _known_exchange(self, exchange: str) -> Exchange:
         registry = self._open().registry
-        registry.load()
+        registry.refresh()
         known = registry.table.exchanges.get(exchange) or DEFAULT_EXCHANGES.get(exchange)
         if known is None:
             self._session.nats.round_trip(self._session.options.publish_timeout)
@@ -148,7 +150,7 @@ class Channel(base.StdChannel):  # type: ignore[misc]  # kombu has no types
     ) -> None:
         """Delete *exchange* and its bindings; the queues stay."""
         registry = self._open().registry
-        registry.load()
+        registry.refresh()
         if if_unused and registry.table.bindings(exchange=exchange):
             raise PreconditionFailed(f"exchange {exchange!r} is in use")
         registry.delete_exchange(exchange)
@@ -216,8 +218,11 @@ class Channel(base.StdChannel):  # type: ignore[misc]  # kombu has no types
         self, queue: str, auto_delete: bool, arguments: dict[str, Any] | None
     ) -> queue_declare_ok_t:
         session = self._session
-        counts = session.jetstream.ensure_queue(queue, auto_delete=auto_delete)
-        session.registry.add_queue(Queue(queue, auto_delete, dict(arguments or {})))
+        record = Queue(queue, auto_delete, dict(arguments or {}))
+        counts = session.jetstream.ensure_queue(
+            queue, auto_delete=auto_delete, inactive_after=record.inactive_after
+        )
+        session.registry.add_queue(record)
         return queue_declare_ok_t(queue, counts.ready, counts.waiting_pulls)
 
     def _decide(self, but: str | None = None) -> None:
@@ -289,7 +294,7 @@ class Channel(base.StdChannel):  # type: ignore[misc]  # kombu has no types
             session.registry.remove_binding(exchange, queue, routing_key)
 
     def queue_purge(self, queue: str, nowait: bool = False, **kwargs: Any) -> int:
-        """Remove the ready messages of *queue* and return their number."""
+        """Remove the messages of *queue* that are ready or delayed, and return their number."""
         session = self._open()
         self._decide()
         transient = session.transient.get(queue)
@@ -329,7 +334,9 @@ class Channel(base.StdChannel):  # type: ignore[misc]  # kombu has no types
         if counts is not None:
             if if_unused and counts.waiting_pulls:
                 raise PreconditionFailed(f"queue {queue!r} is in use")
-            if if_empty and (counts.ready or counts.in_flight):
+            if if_empty and (
+                counts.ready or counts.in_flight or session.jetstream.delayed(queue)
+            ):
                 raise PreconditionFailed(f"queue {queue!r} is not empty")
         session.registry.delete_queue(queue)
         session.jetstream.delete_queue(queue, auto_delete=auto_delete)
@@ -338,7 +345,7 @@ class Channel(base.StdChannel):  # type: ignore[misc]  # kombu has no types
     def get_bindings(self) -> list[dict[str, str]]:
         """Return the bindings of durable queues, as kombu's management API has them."""
         registry = self._open().registry
-        registry.load()
+        registry.refresh()
         return [
             {"destination": b.queue, "source": b.exchange, "routing_key": b.key}
             for b in registry.table.bindings()
@@ -427,6 +434,7 @@ class Channel(base.StdChannel):  # type: ignore[misc]  # kombu has no types
     def _start_pulling(self, queue: str) -> None:
         session = self._session
         jetstream = session.jetstream
+        session.announce_degraded()
         with session.lock:
             for level in jetstream.queue_levels(self._is_auto_delete(queue)):
                 key = jetstream.consumer_key(queue, level)
@@ -435,6 +443,7 @@ class Channel(base.StdChannel):  # type: ignore[misc]  # kombu has no types
                     source = Source(LEVELS.index(level), token)
                     self._sources[key] = source
                     self._pulls.add(source)
+                    self._touched[source] = time.monotonic()
         session.ledger.hold(self.qos)
         self.refill()
 
@@ -459,7 +468,7 @@ class Channel(base.StdChannel):  # type: ignore[misc]  # kombu has no types
         with self._session.lock:
             for key, source in list(self._sources.items()):
                 if source.token[0] == queue:
-                    del self._sources[key]
+                    del self._sources[key], self._touched[source]
                     self._pulls.remove(source)
             self._cancel_pulls()
             for delivery in self.ready.take(lambda delivery: delivery.queue == queue):
@@ -671,13 +680,34 @@ class Channel(base.StdChannel):  # type: ignore[misc]  # kombu has no types
         for source in lost:
             source.failures += 1
             if self._session.options.provision != "off":
-                queue = source.token[0]
-                counts = self._session.jetstream.counts(
-                    queue, auto_delete=self._is_auto_delete(queue)
-                )
-                if counts is None:
-                    raise ConsumerGone(queue)
+                self._look_for(source.token[0])
+        self._keep_in_use(now)
         self.refill()
+
+    def _look_for(self, queue: str) -> None:
+        """Find out why a consumer does not answer, and make it again if its queue is there."""
+        jetstream = self._session.jetstream
+        record = self._session.registry.queues.get(queue)
+        auto_delete = self._is_auto_delete(queue)
+        if record is None or jetstream.counts(queue, auto_delete=auto_delete) is None:
+            raise ConsumerGone(queue)
+        if self._session.options.provision == "auto":
+            jetstream.ensure_queue(
+                queue, auto_delete=auto_delete, inactive_after=record.inactive_after
+            )
+
+    def _keep_in_use(self, now: float) -> None:
+        """Queues that go when they are unused must not go while we have no room to pull."""
+        queues = self._session.registry.queues
+        for source, touched in self._touched.items():
+            record = queues.get(source.token[0])
+            if record is None or not record.inactive_after:
+                continue
+            if source.asked:
+                self._touched[source] = now
+            elif now - touched > record.inactive_after / 4:
+                self._touched[source] = now
+                self._session.jetstream.touch(source.token[1])
 
     def deliver(self) -> bool:
         """Hand one ready delivery to its consumer; return whether there was one to hand on."""
@@ -863,21 +893,18 @@ class Channel(base.StdChannel):  # type: ignore[misc]  # kombu has no types
         Under the id of its death, so that it arrives once if this is repeated after a crash.
         """
         record = self._session.registry.queues.get(delivery.queue)
-        if decoded is None or record is None or not record.arguments:
+        if decoded is None or record is None or record.wants.dead_letter_exchange is None:
             return False
-        arguments = QueueArguments.parse(delivery.queue, record.arguments)
-        if arguments.dead_letter_exchange is None:
-            return False
-        key = arguments.dead_letter_routing_key
+        exchange, key = record.wants.dead_letter_exchange, record.wants.dead_letter_routing_key
         if key is None:
             key = decoded["properties"]["delivery_info"].get("routing_key") or ""
         death = deadletter.death_id(delivery.token, delivery.payload)
-        if self._outgoing.forward(decoded, arguments.dead_letter_exchange, key, death):
+        if self._outgoing.forward(decoded, exchange, key, death):
             return True
         logger.warning(
             "no queue takes what dies in queue %r: nothing is bound to exchange %r for %r",
             delivery.queue,
-            arguments.dead_letter_exchange,
+            exchange,
             key,
         )
         return False

@@ -1,9 +1,9 @@
 """When a message is due, and for how long it is of use.
 
 Celery puts ``eta`` and ``expires`` into the message headers as ISO 8601, and the ``expiration``
-property in milliseconds; kombu's ``DelaySeconds`` property is what its SQS and pgmq transports take.  The
-server's forms are ``Nats-Schedule: @at <RFC 3339>`` and ``Nats-TTL: <n>s``, whole seconds of at
-least 1 (facts 2 and 3).  Pure: ``now`` is seconds since the epoch and comes in.
+property in milliseconds; kombu's ``DelaySeconds`` property is what its SQS and pgmq transports
+take.  The server's forms are ``Nats-Schedule: @at <RFC 3339>`` and ``Nats-TTL: <n>s``, whole
+seconds of at least 1 (ADR-51, ADR-43).  Pure: ``now`` is seconds since the epoch and comes in.
 """
 
 from __future__ import annotations
@@ -13,28 +13,52 @@ from collections.abc import Mapping
 from datetime import datetime, timezone
 from typing import Any
 
-__all__ = ["due_time", "schedule_header", "ttl_header", "ttl_of"]
+from .errors import PreconditionFailed
+
+__all__ = ["DELAY_PROPERTY", "due_time", "schedule_header", "ttl_header", "ttl_of"]
+
+#: Seconds a message is to wait, as kombu's SQS and pgmq transports take it.
+DELAY_PROPERTY = "DelaySeconds"
+
+#: The server counts nanoseconds in 64 bits, from 1970 to 2262; beyond, a schedule fires at once and
+#: a message expires at once (seen with 2.15).
+LATEST = 9_000_000_000.0
+
+#: Seconds of the longest TTL: a hundred years.
+MAX_TTL = 3_153_600_000
 
 
 def due_time(headers: Mapping[str, Any], properties: Mapping[str, Any], now: float) -> float | None:
     """Return when the message is due, in seconds since the epoch, or None for at once.
 
-    An ``eta`` without an offset is in the application's time zone, which only Celery knows: None,
-    and the worker holds the message as it always did.
+    None, too, for an ``eta`` the server cannot wait for: the worker holds the message then.  One
+    without an offset is UTC, as for Celery's workers.  Raises `PreconditionFailed` for a
+    ``DelaySeconds`` that is no number.
     """
-    delay = properties.get("DelaySeconds")
+    delay = properties.get(DELAY_PROPERTY)
     if delay is not None:
-        try:
-            return now + float(delay)
-        except (TypeError, ValueError):
-            return None
+        return now + _number(DELAY_PROPERTY, delay)
     eta = headers.get("eta")
     if not eta:
         return None
     moment = eta if isinstance(eta, datetime) else _parse(str(eta))
-    if moment is None or moment.tzinfo is None:
+    if moment is None:
         return None
-    return moment.timestamp()
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=timezone.utc)
+    due = moment.timestamp()
+    return due if due <= LATEST else None
+
+
+def _number(name: str, value: Any) -> float:
+    """Return the number in property *name*, which must be one that the server can take."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not abs(number) <= MAX_TTL * 1000:
+        raise PreconditionFailed(f"expected property {name!r} to be a number, got {value!r}")
+    return number
 
 
 def _parse(text: str) -> datetime | None:
@@ -44,13 +68,20 @@ def _parse(text: str) -> datetime | None:
         return None
 
 
-def ttl_of(properties: Mapping[str, Any], queue_ttl: float | None) -> float | None:
-    """Return the seconds a message may wait: its ``expiration`` or its queue's, the shorter."""
+def ttl_of(
+    properties: Mapping[str, Any], queue_ttl: float | None, delay: float = 0.0
+) -> float | None:
+    """Return the seconds a message may wait in its queue, or None.
+
+    That is its ``expiration``, which counts from now, also while it waits *delay* seconds for its
+    time, or its queue's TTL, the shorter.
+
+    Raises `PreconditionFailed` for an ``expiration`` that is no number, as RabbitMQ does.
+    """
     expiration = properties.get("expiration")
-    try:
-        own = float(expiration) / 1000 if expiration is not None else None
-    except (TypeError, ValueError):
-        own = None
+    own = _number("expiration", expiration) / 1000 if expiration is not None else None
+    if own is not None:
+        own = max(0.0, own - delay)
     candidates = [ttl for ttl in (own, queue_ttl) if ttl is not None]
     return min(candidates) if candidates else None
 
@@ -64,4 +95,4 @@ def schedule_header(due: float) -> str:
 
 def ttl_header(ttl: float) -> str:
     """Return ``Nats-TTL``'s value: whole seconds, at least 1, rounded up."""
-    return f"{max(1, math.ceil(ttl))}s"
+    return f"{min(max(1, math.ceil(ttl)), MAX_TTL)}s"

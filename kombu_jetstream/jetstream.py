@@ -60,6 +60,9 @@ _UPGRADES = frozenset({"allow_atomic", "allow_direct", "allow_msg_schedules", "a
 #: Differences with which the transport's promises do not hold.
 _FATAL = frozenset({"subjects", "retention", "storage", "max_msgs_per_subject"})
 
+#: What a consumer is brought up to: visibility_timeout and x-expires may change.
+_CHANGEABLE = frozenset({"ack_wait", "inactive_threshold"})
+
 _SETTLE: dict[Outcome, bytes] = {
     "ack": b"+ACK",
     "nak": b"-NAK",
@@ -69,6 +72,11 @@ _SETTLE: dict[Outcome, bytes] = {
 
 _WAIT = b'{"batch":%%d,"expires":%d,"idle_heartbeat":%d}' % (PULL_EXPIRES * 1e9, IDLE_HEARTBEAT * 1e9)
 _NO_WAIT = b'{"batch":%d,"no_wait":true}'
+#: No message is that small: nothing is delivered, and the consumer was used.
+_TOUCH = b'{"batch":1,"no_wait":true,"max_bytes":1}'
+
+#: An offset no page of subjects has: of STREAM.INFO only the total is of interest.
+_BEYOND = 10**9
 
 Answer: TypeAlias = "dict[str, Any] | JetStreamTransportError"
 
@@ -175,7 +183,9 @@ class JetStream:
         api_level = self.connection.info.api_level
         if self.options.provision == "off":
             self.has_ttl = api_level >= topology.API_LEVEL_TTL
-            self.has_schedules = api_level >= topology.API_LEVEL_SCHEDULES
+            self.has_schedules = (
+                api_level >= topology.API_LEVEL_SCHEDULES and self.options.stream_max_bytes is None
+            )
             self._provisioned = True
             return
         expected = self.expected_streams()
@@ -275,9 +285,12 @@ class JetStream:
         """Return the levels a queue has: auto-delete queues carry replies, one is enough."""
         return ("medium",) if auto_delete else self.levels
 
-    def ensure_queue(self, queue_name: str, *, auto_delete: bool = False) -> Counts:
+    def ensure_queue(
+        self, queue_name: str, *, auto_delete: bool = False, inactive_after: float = 0.0
+    ) -> Counts:
         """Make sure of the consumers of a durable queue and return what is in it.
 
+        *inactive_after*: seconds without a pull after which the server removes them, 0 for never.
         With ``provision`` "off" nothing is asked and the counts are 0.
         """
         self.provision()
@@ -286,14 +299,14 @@ class JetStream:
         levels = self.queue_levels(auto_delete)
         infos = self._consumer_infos(queue_name, levels)
         for level in levels:
-            infos[level] = self._ensure_consumer(queue_name, level, infos[level], auto_delete)
+            infos[level] = self._ensure_consumer(queue_name, level, infos[level], inactive_after)
         return _counts(infos.values())
 
     def _ensure_consumer(
-        self, queue_name: str, level: Level, info: api.ConsumerInfo | None, auto_delete: bool
+        self, queue_name: str, level: Level, info: api.ConsumerInfo | None, inactive_after: float
     ) -> api.ConsumerInfo:
         expected = topology.consumer_config(
-            self.options, level, queue_name, auto_delete=auto_delete
+            self.options, level, queue_name, inactive_after=inactive_after
         )
         if info is None:
             if self.options.provision == "verify":
@@ -306,15 +319,14 @@ class JetStream:
         differences = topology.differences(info.config, expected)
         if not differences:
             return info
-        if self.options.provision == "verify" or any(
-            difference.field != "ack_wait" for difference in differences
-        ):
+        changed = {d.field: getattr(expected, d.field) for d in differences}
+        if self.options.provision == "verify" or not changed.keys() <= _CHANGEABLE:
             raise TopologyMismatch(
                 f"consumer {expected.name!r} of stream {self.names.stream(level)!r}",
                 [(d.field, d.found, d.expected) for d in differences],
             )
-        # visibility_timeout was changed.  Start from what is there: a pause must survive.
-        return self._write_consumer(level, info.config.evolve(ack_wait=expected.ack_wait))
+        # Start from what is there: a pause must survive.
+        return self._write_consumer(level, info.config.evolve(**changed))
 
     def _write_consumer(self, level: Level, config: api.ConsumerConfig) -> api.ConsumerInfo:
         stream = self.names.stream(level)
@@ -354,11 +366,14 @@ class JetStream:
     def purge(self, queue_name: str, *, auto_delete: bool = False) -> int:
         """Remove the messages of a queue that nobody holds, and return their number.
 
+        Those that wait for their time are among them: whoever purges a queue wants nothing more
+        of what was sent to it.
+
         Messages in flight stay, as in AMQP: were they purged, a worker that dies would lose its
         task.  The server can only purge both, so while something is in flight the ready messages
-        are pulled and acknowledged.  Delayed messages stay, too: they are in no queue yet.
+        are pulled and acknowledged.
         """
-        removed = 0
+        removed = self._purge_delayed(queue_name)
         for level in self.queue_levels(auto_delete):
             info = self._consumer_infos(queue_name, [level])[level]
             if info is not None and info.num_ack_pending:
@@ -401,8 +416,38 @@ class JetStream:
         finally:
             connection.unsubscribe(sid)
 
+    def _purge_delayed(self, queue_name: str) -> int:
+        """Remove what waits for its time, before it comes to the queue; return the number."""
+        answers = self.request_many(
+            [
+                (
+                    f"STREAM.PURGE.{self.names.stream(level)}",
+                    {"filter": self.names.delayed(level, queue_name)},
+                )
+                for level in self.levels
+            ]
+        )
+        return sum(int(_unwrap(answer)["purged"]) for answer in answers)
+
+    def delayed(self, queue_name: str) -> int:
+        """Return how many messages of a queue wait for their time."""
+        answers = self.request_many(
+            [
+                (
+                    f"STREAM.INFO.{self.names.stream(level)}",
+                    {
+                        "subjects_filter": self.names.delayed(level, queue_name),
+                        "offset": _BEYOND,
+                    },
+                )
+                for level in self.levels
+            ]
+        )
+        return sum(int(_unwrap(answer).get("total") or 0) for answer in answers)
+
     def delete_queue(self, queue_name: str, *, auto_delete: bool = False) -> None:
         """Remove a queue's messages and consumers; one that is gone already is no error."""
+        self._purge_delayed(queue_name)
         for level in self.queue_levels(auto_delete):
             self.request(
                 f"STREAM.PURGE.{self.names.stream(level)}",
@@ -433,6 +478,10 @@ class JetStream:
     def pull(self, subject: bytes, batch: int, wait: bool, reply: bytes) -> None:
         """Ask for *batch* messages: those there are, or *wait* on the server for them."""
         self.connection.publish(subject, (_WAIT if wait else _NO_WAIT) % batch, reply)
+
+    def touch(self, subject: bytes) -> None:
+        """Tell the server that a consumer is in use, although nothing is asked of it now."""
+        self.connection.publish(subject, _TOUCH, self.connection.new_inbox())
 
     def settle(self, delivery: Delivery, outcome: Outcome, delay: float | None = None) -> None:
         """Tell the server what became of *delivery*, through this or a later connection.

@@ -7,6 +7,7 @@ the first try, so that kombu's own retries carry the same one.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from itertools import count
@@ -15,19 +16,24 @@ from typing import TYPE_CHECKING, Any
 from kombu.utils.uuid import uuid
 
 from . import envelope
-from .arguments import QueueArguments
-from .delays import due_time, schedule_header, ttl_header, ttl_of
+from .deadletter import REPLAYED_HEADER
+from .delays import DELAY_PROPERTY, due_time, schedule_header, ttl_header, ttl_of
+from .errors import NotSupported
 from .protocol import encode_headers
 from .routing import key_subject
 from .topology import Level, encode_token, level_of
 
 if TYPE_CHECKING:
+    from .registry import Queue
     from .session import Session
 
 __all__ = ["Outgoing"]
 
 #: Message header with the caller's own message id: one message per id within ``dedup_window``.
 DEDUP_HEADER = "dedup_id"
+
+#: Longest of them that becomes the message id as it is; the server keeps ids in memory.
+MAX_MESSAGE_ID = 200
 
 
 class _MessageIds:
@@ -59,6 +65,8 @@ class Outgoing:
         self._pipelined = session.options.publish_confirms == "pipelined"
         #: subjects by queue and level; as many as there are queues
         self._subjects: dict[tuple[str, Level], bytes] = {}
+        #: ``dedup_id``, group and task id of the last task of a group that had one
+        self._grouped: tuple[str, Any, Any] | None = None
 
     def prepare(
         self,
@@ -125,7 +133,7 @@ class Outgoing:
         RabbitMQ.  Confirmed in any case: the caller settles the first one when this returns.
         """
         properties = dict(message["properties"], delivery_tag=message_id)
-        for name in ("expiration", "DelaySeconds"):
+        for name in ("expiration", DELAY_PROPERTY):
             properties.pop(name, None)
         headers = dict(message["headers"])
         headers.pop(DEDUP_HEADER, None)  # or the first message would make this one a duplicate
@@ -168,7 +176,7 @@ class Outgoing:
         properties, headers = message["properties"], message["headers"]
         level: Level = "medium"
         if not record.auto_delete:
-            level = level_of(properties.get("priority"), self.options)
+            level = level_of(properties.get("priority"), self.options, record.wants.max_priority)
         message_id = self._message_id(properties, headers)
         if several:  # a stream knows an id once, whatever the subject
             message_id = f"{message_id}.{encode_token(queue)}"
@@ -177,26 +185,47 @@ class Outgoing:
             subject = session.jetstream.names.subject(level, queue).encode()
             self._subjects[queue, level] = subject
         fields = list(envelope.headers_of(message_id, message))
-        if record.arguments or "expiration" in properties or "eta" in headers or (
-            "DelaySeconds" in properties
+        if (
+            record.arguments
+            or "expiration" in properties
+            or "eta" in headers
+            or DELAY_PROPERTY in properties
         ):
-            subject = self._timed(subject, fields, queue, level, message, message_id)
+            subject = self._timed(subject, fields, record, level, message, message_id)
         write = session.publisher.pipeline if self._pipelined else session.publisher.publish
         write(subject, payload, encode_headers(fields), timeout)
 
     def _message_id(self, properties: dict[str, Any], headers: dict[str, Any]) -> str:
         own = headers.get(DEDUP_HEADER)
-        if own is None:
+        if own is None or own == "":
             return str(properties["delivery_tag"])
+        message_id = _printable(str(own))
+        self._check_group(message_id, headers)
+        task = headers.get("task")
+        if isinstance(task, str) and task.startswith("celery."):
+            # Celery gives the options of a chord to its tasks and to what waits for them.
+            message_id = f"{message_id}.{task}"
         # A retry of the task and a replay carry the header along, but are not the same message.
-        tries = (headers.get("retries") or 0, headers.get("jetstream_replayed") or 0)
-        return str(own) if tries == (0, 0) else f"{own}.{tries[0]}.{tries[1]}"
+        tries = (headers.get("retries") or 0, headers.get(REPLAYED_HEADER) or 0)
+        return message_id if tries == (0, 0) else f"{message_id}.{tries[0]}.{tries[1]}"
+
+    def _check_group(self, message_id: str, headers: dict[str, Any]) -> None:
+        """Refuse one id for several tasks of a group: all but the first would be lost."""
+        group = headers.get("group")
+        if not group:
+            return
+        before, self._grouped = self._grouped, (message_id, group, headers.get("id"))
+        if before is not None and before[:2] == (message_id, group) and before != self._grouped:
+            raise NotSupported(
+                f"one {DEDUP_HEADER} {message_id!r} for several tasks of a group",
+                f"give each its own: task.s(…).set(headers={{{DEDUP_HEADER!r}: …}})",
+            )
 
     def _timed(
         self,
         subject: bytes,
         fields: list[tuple[str, str]],
-        queue: str,
+        record: Queue,
         level: Level,
         message: envelope.Envelope,
         message_id: str,
@@ -205,14 +234,8 @@ class Outgoing:
         session = self._session
         now = time.time()
         properties, headers = message["properties"], message["headers"]
-        arguments = QueueArguments.parse(queue, session.registry.queues[queue].arguments)
-        ttl = ttl_of(properties, arguments.message_ttl)
-        due = due_time(headers, properties, now)
-        if due is None or due - now <= self.options.delay_threshold:
-            due = None
-        elif not session.jetstream.has_schedules:
-            session.degraded("schedules")
-            due = None
+        due = self._schedulable(due_time(headers, properties, now), properties, now)
+        ttl = ttl_of(properties, record.wants.message_ttl, due - now if due is not None else 0.0)
         if ttl is not None and not session.jetstream.has_ttl:
             session.degraded("message TTL")
             ttl = None
@@ -223,7 +246,40 @@ class Outgoing:
         fields.append(("Nats-Schedule", schedule_header(due)))
         fields.append(("Nats-Schedule-Target", subject.decode()))
         if ttl is not None:
-            fields.append(("Nats-Schedule-TTL", ttl_header(ttl - (due - now))))
+            fields.append(("Nats-Schedule-TTL", ttl_header(ttl)))
         task_id = str(headers.get("id") or "")
-        return session.jetstream.names.delay_subject(level, queue, task_id, message_id).encode()
+        names = session.jetstream.names
+        return names.delay_subject(level, record.name, task_id, message_id).encode()
 
+    def _schedulable(
+        self, due: float | None, properties: dict[str, Any], now: float
+    ) -> float | None:
+        """Return *due* if the server is to wait for it, or None: nobody, or the worker."""
+        if due is None:
+            return None
+        # Workers look at an eta only, so a delay is the server's whatever its length.
+        is_delay = DELAY_PROPERTY in properties
+        if due - now <= (0 if is_delay else self.options.delay_threshold):
+            return None
+        if self._session.jetstream.has_schedules:
+            return due
+        if is_delay:
+            raise NotSupported(
+                f"{DELAY_PROPERTY} on this server",
+                "nats-server 2.12 can do it, without "
+                "stream_max_bytes; workers hold tasks with a countdown or an eta",
+            )
+        self._session.degraded("schedules")
+        return None
+
+
+def _printable(text: str) -> str:
+    """Return *text* as it is if it fits a header, else a digest of it."""
+    if (
+        len(text) <= MAX_MESSAGE_ID
+        and text.isascii()
+        and text.isprintable()
+        and text == text.strip()
+    ):
+        return text
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

@@ -16,16 +16,18 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from .errors import NoResponders, PreconditionFailed, RequestTimeout
+from .arguments import QueueArguments
+from .errors import JetStreamTransportError, NoResponders, PreconditionFailed, RequestTimeout
 from .jetstream import API_TIMEOUT, JetStream
 from .protocol import Msg, encode_headers, parse_headers, status_code
 from .publishing import Publisher
 from .routing import EXCHANGE_TYPES, Binding, Exchange, Table
-from .topology import AUTO_DELETE_THRESHOLD, Names, decode_token
+from .topology import AUTO_DELETE_THRESHOLD, MIN_EXPIRES, Names, decode_token
 
 __all__ = ["Queue", "Registry"]
 
@@ -37,7 +39,7 @@ PAGE = 500
 #: How long a tombstone stays where the server removes it by itself.
 TOMBSTONE_TTL = "60s"
 
-#: Abandoned auto-delete queues looked for when the registry is read.
+#: Abandoned queues looked for at once.
 MAX_SWEPT = 20
 
 
@@ -49,6 +51,18 @@ class Queue:
     auto_delete: bool = False
     arguments: dict[str, Any] = field(default_factory=dict, hash=False)
     at: float = field(default=0.0, compare=False)
+    #: `arguments`, read
+    wants: QueueArguments = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "wants", QueueArguments.parse(self.name, self.arguments))
+
+    @property
+    def inactive_after(self) -> float:
+        """Seconds after which the queue goes if it is not used, 0 for never."""
+        if self.wants.expires is not None:
+            return max(self.wants.expires, MIN_EXPIRES)
+        return AUTO_DELETE_THRESHOLD if self.auto_delete else 0.0
 
 
 class Registry:
@@ -75,7 +89,14 @@ class Registry:
         for subject, payload in self._read_all():
             self.apply(subject, payload)
         self._loaded = True
-        self._sweep()
+        self.sweep()
+
+    def refresh(self) -> None:
+        """Load the registry, or take the news that came since; before anything is changed."""
+        if self._loaded:
+            self._jetstream.connection.read_available()
+        else:
+            self.load()
 
     def _read_all(self) -> list[tuple[str, bytes]]:
         """Read every record through ``DIRECT.GET``, in pages where the server has them (2.11)."""
@@ -145,25 +166,33 @@ class Registry:
                 self.table.remove(exchange, key, queue)
                 if record is not None:
                     self.table.add(Binding(**record))
-        except (ValueError, TypeError, IndexError) as exc:
+        except (ValueError, TypeError, IndexError, JetStreamTransportError) as exc:
             logger.warning("ignored an unreadable registry record %s: %s", subject, exc)
 
-    def _sweep(self) -> None:
-        """Remove auto-delete queues whose clients died: their consumers are gone by themselves."""
-        if self._jetstream.options.provision == "off":
+    def sweep(self) -> None:
+        """Remove queues that are unused for as long as they may be.
+
+        That is, auto-delete queues whose clients died, and those with ``x-expires``: the server
+        removes their consumers by itself, and knows nothing of the rest.
+        """
+        if not self._loaded or self._jetstream.options.provision == "off":
             return
-        old = time.time() - 2 * AUTO_DELETE_THRESHOLD
-        abandoned = [q for q in self.queues.values() if q.auto_delete and q.at < old]
-        for queue in abandoned[:MAX_SWEPT]:
-            if self._jetstream.counts(queue.name, auto_delete=True) is None:
-                logger.info("removing the abandoned auto-delete queue %r", queue.name)
-                self._jetstream.delete_queue(queue.name, auto_delete=True)
+        now = time.time()
+        old = [
+            queue
+            for queue in self.queues.values()
+            if queue.inactive_after and queue.at < now - 2 * queue.inactive_after
+        ]
+        for queue in random.sample(old, min(MAX_SWEPT, len(old))):
+            if self._jetstream.counts(queue.name, auto_delete=queue.auto_delete) is None:
+                logger.info("removing the unused queue %r", queue.name)
+                self._jetstream.delete_queue(queue.name, auto_delete=queue.auto_delete)
                 self.delete_queue(queue.name)
 
     # -- changing ------------------------------------------------------------------------------
 
     def add_queue(self, queue: Queue) -> None:
-        self.load()
+        self.refresh()
         if self.queues.get(queue.name) != queue:
             self._write(
                 self._names.registry_queue(queue.name),
@@ -182,7 +211,7 @@ class Registry:
                 f"exchange {exchange.name!r} has type {exchange.type!r}, "
                 f"expected one of {', '.join(sorted(EXCHANGE_TYPES))}"
             )
-        self.load()
+        self.refresh()
         known = self.table.exchanges.get(exchange.name)
         if known is not None and known.type != exchange.type:
             raise PreconditionFailed(
@@ -202,7 +231,7 @@ class Registry:
             )
 
     def add_binding(self, binding: Binding) -> None:
-        self.load()
+        self.refresh()
         if not self.table.has(binding):
             self._write(
                 self._names.registry_binding(binding.exchange, binding.queue, binding.key),
@@ -215,21 +244,21 @@ class Registry:
             )
 
     def remove_binding(self, exchange: str, queue: str, key: str) -> None:
-        self.load()
+        self.refresh()
         if any(b.key == key for b in self.table.bindings(queue=queue, exchange=exchange)):
             self._remove(self._names.registry_binding(exchange, queue, key))
 
     def delete_queue(self, queue_name: str) -> None:
         """Remove a queue's record, its bindings first: a message must not go to a queue half
         gone."""
-        self.load()
+        self.refresh()
         for binding in self.table.bindings(queue=queue_name):
             self._remove(self._names.registry_binding(binding.exchange, queue_name, binding.key))
         if queue_name in self.queues:
             self._remove(self._names.registry_queue(queue_name))
 
     def delete_exchange(self, exchange: str) -> None:
-        self.load()
+        self.refresh()
         for binding in self.table.bindings(exchange=exchange):
             self._remove(self._names.registry_binding(exchange, binding.queue, binding.key))
         if exchange in self.table.exchanges:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import random
 import socket
 import threading
 import time
@@ -52,6 +53,9 @@ logger = logging.getLogger(__name__)
 
 #: Seconds between looks at what needs no message to happen: silent pulls, retries, PINGs.
 TICK = 1.0
+
+#: Seconds between looks for queues that nobody uses any more; about, as all workers look.
+SWEEP_INTERVAL = 300.0
 
 #: Deliveries handed on in one tick of an event loop, so that nothing else starves.
 MAX_PER_TICK = 256
@@ -121,6 +125,7 @@ class Session:
         #: why dead letters could not be stored, until one is again
         self._letter_failures: set[str] = set()
         self._streams_missing = False
+        self._next_sweep = self._next_tick + SWEEP_INTERVAL * random.uniform(0.5, 1.0)
         try:
             # Now, so that a server without JetStream or with streams that are not ours is an
             # error of connecting, which kombu tries again at its pace.
@@ -317,6 +322,9 @@ class Session:
             self.publisher.retry(now)
         if self._streams_missing:
             self._restore_streams()
+        if now >= self._next_sweep:
+            self._next_sweep = now + SWEEP_INTERVAL
+            self.registry.sweep()
 
     def _after_read(self) -> None:
         for channel in list(self.channels):
@@ -404,10 +412,18 @@ class Session:
         """Say once per process what this server cannot do and what happens instead."""
         if feature not in _told:
             _told.add(feature)
-            logger.warning("nats-server %s has no %s: %s", *self._version(), feature, _WITHOUT[feature])
+            needs, instead = _WITHOUT[feature]
+            version = ".".join(map(str, self.nats.info.version))
+            logger.warning(
+                "no %s here (nats-server %s; %s): %s", feature, version, needs, instead
+            )
 
-    def _version(self) -> tuple[str]:
-        return (".".join(map(str, self.nats.info.version)),)
+    def announce_degraded(self) -> None:
+        """Say what this server cannot do for those who consume; for others, when they ask."""
+        if not self.jetstream.has_schedules:
+            self.degraded("schedules")
+        if not self.jetstream.has_ttl:
+            self.degraded("message TTL")
 
     def dead_letter_written(self, failure: JetStreamTransportError | None) -> None:
         """Say once why dead letters cannot be stored, and once that they are again."""
@@ -491,10 +507,13 @@ class Session:
         self.nats.close()
 
 
-#: What happens without a feature; `Session.degraded` says it once.
+#: What a feature needs, and what happens without it; `Session.degraded` says it once.
 _WITHOUT = {
-    "schedules": "workers hold tasks with an eta or countdown until they are due",
-    "message TTL": "expired tasks are dropped by the worker that gets them",
+    "schedules": (
+        "they need 2.12, and no stream_max_bytes",
+        "workers hold tasks with an eta or countdown until they are due",
+    ),
+    "message TTL": ("it needs 2.11", "expired tasks are dropped by the worker that gets them"),
 }
 _told: set[str] = set()
 

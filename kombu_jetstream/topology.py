@@ -7,7 +7,7 @@ A namespace (the URL path, default ``celery``) owns five streams::
     <ns>_registry                      queues, exchanges and bindings, last value per subject
 
 A durable queue is one subject and one durable pull consumer in each level's stream.
-Delayed messages wait in the same stream on 
+Delayed messages wait in the same stream on
 ``<ns>.<level>.@delay.<queue>.<task id>.<message id>``, which no consumer filter (three tokens)
 covers.
 
@@ -21,6 +21,7 @@ reversibly.  Everything here is pure: no server is asked.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -59,6 +60,17 @@ API_LEVEL_ATOMIC = 2
 #: A consumer name becomes a directory of the file store, 255 bytes at most.
 MAX_TOKEN_BYTES = 200
 
+#: Bytes of a task or message id in the subject of a delayed message.
+MAX_ID_BYTES = 200
+
+#: Least seconds for which an unused queue with ``x-expires`` stays: its workers, when they have no
+#: room for more, tell the server that it is in use from time to time.
+MIN_EXPIRES = 10.0
+
+#: Seconds in which the dead-letter stream knows a death again, at least: a server that was killed
+#: between the write of a dead letter and the end of its message may be away for that long.
+DEATH_WINDOW = 3600.0
+
 #: Seconds a consumer of an auto-delete queue survives without a pull: long enough for a client's
 #: reconnect, short enough that a crashed client leaves nothing behind.
 AUTO_DELETE_THRESHOLD = 60.0
@@ -78,7 +90,7 @@ def encode_token(name: str) -> str:
     if not name:
         return "="
     return "".join(
-        chr(byte) if chr(byte).isalnum() and byte < 128 or byte in b"_-" else f"={byte:02X}"
+        chr(byte) if (chr(byte).isalnum() and byte < 128) or byte in b"_-" else f"={byte:02X}"
         for byte in name.encode("utf-8", "surrogatepass")
     )
 
@@ -91,6 +103,14 @@ def decode_token(token: str) -> str:
     return raw.encode("latin-1").decode("utf-8", "surrogatepass")
 
 
+def _short_token(text: str) -> str:
+    """Return *text* as a token of at most `MAX_ID_BYTES`, a digest of it if need be."""
+    token = encode_token(text)
+    if len(token) <= MAX_ID_BYTES:
+        return token
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
 def queue_token(queue_name: str) -> str:
     """Return the token of a durable queue, or raise `QueueNameInvalid` if it has no room."""
     token = encode_token(queue_name)
@@ -101,14 +121,22 @@ def queue_token(queue_name: str) -> str:
     return token
 
 
-def level_of(priority: int | None, options: Options) -> Level:
+def level_of(priority: float | None, options: Options, max_priority: int | None = None) -> Level:
     """Return the level of a message with AMQP *priority* 0 to 9 (None: not given).
 
     7-9 high, 4-6 and 0 or unset medium, 1-3 low.  ``priority_order="redis"`` reverses the
     sense, for programs written for kombu's Redis transport, where 0 is the most urgent; there
     0 means high.  With one level everything is medium.
+
+    *max_priority* is the queue's ``x-max-priority``: its priorities go from 0, the least urgent
+    and what a message without one has, to that number, in three parts.
     """
-    if options.priority_levels == 1 or priority is None:
+    if options.priority_levels == 1:
+        return "medium"
+    if max_priority is not None and options.priority_order == "amqp":
+        priority = min(max(priority or 0, 0), max_priority)
+        return LEVELS[2 - int(priority * 3 // (max_priority + 1))]
+    if priority is None:
         return "medium"
     if options.priority_order == "redis":
         priority = 9 - priority
@@ -150,8 +178,9 @@ class Names:
 
     def delay_subject(self, level: Level, queue_name: str, task_id: str, message_id: str) -> str:
         """Subject on which one delayed message waits: one schedule per subject, so the message
-        id is in it; the queue and the task id are there to be found by them."""
-        tokens = ".".join(encode_token(part) for part in (queue_name, task_id, message_id))
+        id is in it; the queue and the task id are there to be found by them.  Ids that make no
+        fit token are digested."""
+        tokens = ".".join(_short_token(part) for part in (queue_name, task_id, message_id))
         return f"{self.namespace}.{level}.@delay.{tokens}"
 
     def delayed(self, level: Level, queue_name: str | None = None) -> str:
@@ -217,9 +246,16 @@ def dead_letter_stream(options: Options, api_level: int) -> api.StreamConfig:
         name=names.dead_letter_stream,
         subjects=[f"{options.namespace}.dlq.>"],
         retention=api.RetentionPolicy.LIMITS,
-        duplicate_window=options.dedup_window,
+        duplicate_window=_death_window(options),
         **_shared(options, options.dead_letter_max_bytes, options.dead_letter_max_age),
     )
+
+
+def _death_window(options: Options) -> float:
+    """Return for how long a death is known again: past the redelivery of its message."""
+    window = max(options.dedup_window, DEATH_WINDOW, 2 * options.visibility_timeout)
+    oldest = options.dead_letter_max_age
+    return window if oldest is None else min(window, oldest)
 
 
 def registry_stream(options: Options, api_level: int) -> api.StreamConfig:
@@ -250,9 +286,12 @@ def _shared(options: Options, max_bytes: int | None, max_age: float | None) -> d
 
 
 def consumer_config(
-    options: Options, level: Level, queue_name: str, *, auto_delete: bool = False
+    options: Options, level: Level, queue_name: str, *, inactive_after: float | None = None
 ) -> api.ConsumerConfig:
     """Return the configuration of the pull consumer of one queue and level.
+
+    *inactive_after*: seconds without a pull after which the server removes the consumer, 0 for
+    never, None for what a consumer that is there already has.
 
     ``max_deliver`` stays -1: a message at the server's limit would stay in the stream for ever
     without being delivered (nats-server#5564); the transport counts and dead-letters instead.
@@ -270,7 +309,7 @@ def consumer_config(
         ack_wait=options.visibility_timeout,
         max_deliver=-1,
         max_ack_pending=-1,
-        inactive_threshold=AUTO_DELETE_THRESHOLD if auto_delete else None,
+        inactive_threshold=inactive_after,
     )
 
 
@@ -299,7 +338,14 @@ STREAM_FIELDS = (
     "allow_msg_schedules",
     "allow_atomic",
 )
-CONSUMER_FIELDS = ("filter_subject", "ack_policy", "ack_wait", "max_deliver", "max_ack_pending")
+CONSUMER_FIELDS = (
+    "filter_subject",
+    "ack_policy",
+    "ack_wait",
+    "max_deliver",
+    "max_ack_pending",
+    "inactive_threshold",
+)
 
 
 def differences(found: api.Base, expected: api.Base) -> list[Difference]:
