@@ -18,6 +18,7 @@ Nothing here is imported unless ``fallback_url`` is set.
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
 import math
@@ -27,12 +28,13 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from . import envelope
 from .connection import ConnectionSettings, NatsConnection
+from .deadletter import DeadLetter, death_id
 from .errors import (
     ConnectionLost,
     ConnectionRejected,
@@ -55,6 +57,7 @@ from .topology import Names, decode_token
 if TYPE_CHECKING:
     import kombu
 
+    from .backend import Delivery
     from .options import Options
     from .transient import TransientQueue
 
@@ -81,6 +84,9 @@ ORPHAN_INTERVAL = 0.2
 
 #: Message ids remembered because it is unknown whether JetStream stored them.
 REMEMBERED_UNSURE = 10_000
+
+#: Dead letters that one new connection takes over.
+MAX_FORWARDED = 1000
 
 #: Phases in which producers write to Redis first.
 REDIS_PHASES = frozenset({"redis", "dual-write"})
@@ -208,6 +214,37 @@ class Fallback:
         self.unsure(str(decoded["properties"].get("delivery_tag")))
         self.write([queue], decoded, message.payload)
 
+    # -- dead letters --------------------------------------------------------------------------
+
+    def keep_letter(self, letter: DeadLetter, payload: bytes, death: str) -> None:
+        """Keep a dead letter in Redis until JetStream is back."""
+        record = {
+            "letter": asdict(letter),
+            "payload": base64.b64encode(payload).decode(),
+            "death": death,
+        }
+        self.lists.keep_letter(json.dumps(record).encode())
+
+    def forward_letters(self, session: DualSession) -> None:
+        """Write the kept dead letters to JetStream; each once, whoever else does the same.
+
+        The id is that of the death, so what two processes write at once is stored once.
+        """
+        try:
+            for _ in range(MAX_FORWARDED):
+                raw = self.lists.next_letter() if self.lists.available else None
+                if raw is None:
+                    return
+                record = json.loads(raw)
+                session.write_dead_letter(
+                    DeadLetter(**record["letter"]),
+                    base64.b64decode(record["payload"]),
+                    record["death"],
+                )
+                self.lists.drop_letter(raw)
+        except JetStreamTransportError as exc:
+            logger.warning("dead letters of the outage wait in Redis: %s", exc)
+
     # -- the keeper ----------------------------------------------------------------------------
 
     def attach(self, session: Session | None = None) -> None:
@@ -322,6 +359,7 @@ def open_session(
                 time.sleep(RECONNECT_INTERVAL)
         else:
             fallback.happened(Event.WORKED)
+            fallback.forward_letters(session)
             return session
     fallback.attach()
     return RedisSession(client, options, fallback)
@@ -424,6 +462,8 @@ class DualSession(_ReadsLists):
         fallback: Fallback,
     ) -> None:
         self.fallback = fallback
+        #: whether the stream of copies is known to exist, see `migration`
+        self.mirror_is_made = False
         _ReadsLists.__init__(self)
         Session.__init__(self, client, options, settings)
         fallback.attach(self)
@@ -491,6 +531,27 @@ class DualSession(_ReadsLists):
         self.fallback.detach(self)
 
 
+class _LetterBox:
+    """What there is of JetStream while it is away: dead letters are taken."""
+
+    def __init__(self, fallback: Fallback) -> None:
+        self._fallback = fallback
+
+    def dead_letter(
+        self,
+        delivery: Delivery,
+        letter: DeadLetter,
+        then: Callable[[JetStreamTransportError | None], None],
+    ) -> None:
+        try:
+            death = death_id(delivery.token, delivery.payload)
+            self._fallback.keep_letter(letter, delivery.payload, death)
+        except JetStreamTransportError as exc:
+            then(exc)
+        else:
+            then(None)
+
+
 class RedisSession(_ReadsLists):
     """JetStream is away: everything goes through Redis."""
 
@@ -514,6 +575,8 @@ class RedisSession(_ReadsLists):
         self._scheduled = self._closed = self._dispatching = False
         self._ready_transient = {}
         self._next_tick = time.monotonic() + TICK
+        self._letter_failures = set()
+        self.jetstream: Any = _LetterBox(fallback)
         self._divert_unconfirmed()
         fallback.attach(self)
 
@@ -554,7 +617,8 @@ class RedisSession(_ReadsLists):
 
     def add_transient(self, name: str, **settings: Any) -> TransientQueue:
         """Return a queue nothing ever arrives in: those are NATS subscriptions."""
-        return self.transient.setdefault(name, AbsentQueue(name, settings["auto_delete"]))
+        absent: Any = AbsentQueue(name, settings["auto_delete"])
+        return self.transient.setdefault(name, absent)
 
     def transient_arrived(self, queue: TransientQueue) -> None:
         pass
@@ -564,6 +628,10 @@ class RedisSession(_ReadsLists):
 
     def flush(self, timeout: float | None = None) -> None:
         """Return at once: Redis confirmed all that was written."""
+
+    def write_dead_letter(self, letter: DeadLetter, payload: bytes, death: str) -> None:
+        """Keep a dead letter in Redis until JetStream is back."""
+        self.fallback.keep_letter(letter, payload, death)
 
     # -- reading -------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from amqp.protocol import queue_declare_ok_t
@@ -35,16 +36,12 @@ from .outgoing import Outgoing
 from .routing import Exchange, key_subject
 
 if TYPE_CHECKING:
-    from .deadletter import Reason
     from .fallback import DualSession, Fallback, RedisSession
     from .redis_lists import ListReader
 
 __all__ = ["AbsentQueue", "DualChannel", "RedisChannel"]
 
 logger = logging.getLogger(__name__)
-
-#: Seconds after which a message that is to become a dead letter is tried again.
-DEAD_LETTER_RETRY = 10.0
 
 #: The ``delivery_mode`` of messages that need not survive: events, replies.
 TRANSIENT = 1
@@ -217,7 +214,7 @@ class DualChannel(_ListsChannel):
             return removed
         self._fallback.queues.discard(queue)
         for exchange in {binding.exchange for binding in bound}:
-            self._best_effort(lambda name=exchange: self._lists.unbind(name, queue))
+            self._best_effort(partial(self._lists.unbind, exchange, queue))
         return removed + int(self._best_effort(lambda: self._lists.purge(queue), 0))
 
     def _start_pulling(self, queue: str) -> None:
@@ -329,7 +326,7 @@ class DualOutgoing(Outgoing):
 
         try:
             for queue in queues:
-                mirror(self._dual, queue, message, payload, self._options.fallback_after)
+                mirror(self._dual, queue, message, payload, self.options.fallback_after)
         except (JetStreamTransportError, OSError) as exc:
             # The message is in Redis: this is not worth failing for, `migrate compare` shows it.
             if not self._fallback.mirror_failures:
@@ -510,17 +507,16 @@ class RedisChannel(_ListsChannel):
     def basic_get(self, queue: str, no_ack: bool = False, **kwargs: Any) -> Message | None:
         session = self._open()
         self._decide()
-        while queue not in session.transient:
+        message: Message | None = None
+        while message is None and queue not in session.transient:
             delivery = self._lists.take_one(queue)
             if delivery is None:
                 return None
             self._hold(delivery)
             message = self._to_message(delivery, None)
-            if message is not None:
-                if no_ack:
-                    self.basic_ack(delivery.tag)
-                return message
-        return None
+            if message is not None and no_ack:
+                self.basic_ack(delivery.tag)
+        return message
 
     def tick(self, now: float) -> None:
         self.refill()
@@ -528,25 +524,15 @@ class RedisChannel(_ListsChannel):
     # -- what is given up on -------------------------------------------------------------------
 
     def _forward(self, delivery: Delivery, decoded: envelope.Envelope | None) -> bool:
-        return False
-
-    def _write_dead_letter(
-        self,
-        delivery: Delivery,
-        reason: Reason,
-        decoded: envelope.Envelope | None,
-        error: BaseException | None = None,
-    ) -> None:
-        """Keep it for now: the dead letters are in JetStream."""
-        self._keep(delivery)
+        return False  # the queue's arguments are in JetStream
 
     # -- the end -------------------------------------------------------------------------------
 
     def close(self) -> None:
         if self.closed:
             return
-        for tag in list(self._consumers):
-            self.basic_cancel(tag)
+        for consumer_tag in list(self._consumers):
+            self.basic_cancel(consumer_tag)
         for tag in self.qos.up_to(0):
             self._settle(tag, "nak")
         self.lose()

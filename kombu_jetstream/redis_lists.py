@@ -13,6 +13,8 @@ What a worker took and did not settle is in a hash of its own, until it settles 
                                        worker renews it
 ``_kombu_jetstream.workers``           the workers that may hold something
 ``_kombu_jetstream.attempts``          SHA-1 of a message that came back, and how often
+``_kombu_jetstream.letters``           dead letters that wait for JetStream
+``_kombu_jetstream.written``           by queue, number and checksum of what ``dual-write`` wrote
 =====================================  =======================================================
 
 A hash, and not a list filled by BLMOVE: its field says which list a message came from, an ack
@@ -44,6 +46,7 @@ import time
 from bisect import bisect
 from collections import deque
 from collections.abc import Callable, Iterable
+from functools import partial
 from importlib import resources
 from itertools import count
 from typing import Any
@@ -87,8 +90,8 @@ POLL_INTERVAL = 1.0
 #: Seconds for the answer to a PING on the reader's connection.
 PONG_TIMEOUT = 5.0
 
-#: Signs of life, and looks for those of others, per ``fallback_liveness_timeout``.  A sign lasts for
-#: all but one of them, so that the dead are found within that time.
+#: Signs of life, and looks for those of others, per ``fallback_liveness_timeout``.  A sign lasts
+#: for all but one of them, so that the dead are found within that time.
 BEATS_PER_LIVENESS = 4
 
 #: How long Redis remembers that a message came back.
@@ -123,7 +126,7 @@ def steps(options: Options) -> tuple[int, ...]:
 
 
 def _script(name: str) -> str:
-    return resources.files(__package__).joinpath("lua", f"{name}.lua").read_text("utf-8")
+    return (resources.files(__package__) / "lua" / f"{name}.lua").read_text("utf-8")
 
 
 class RedisLists:
@@ -132,6 +135,7 @@ class RedisLists:
     def __init__(self, options: Options) -> None:
         assert options.fallback_url is not None
         self.options = options
+        self._url: str = options.fallback_url
         self.prefix = options.global_keyprefix
         self.worker = f"{socket.gethostname()}:{os.getpid()}:{os.urandom(4).hex()}"
         base = f"{self.prefix}_kombu_jetstream."
@@ -139,7 +143,7 @@ class RedisLists:
         self.held_key = self.held_prefix + self.worker
         self.alive_key = self.alive_prefix + self.worker
         self.workers_key, self.attempts_key = f"{base}workers", f"{base}attempts"
-        self.written_key = f"{base}written"
+        self.written_key, self.letters_key = f"{base}written", f"{base}letters"
         self.take_script = _script("take")
         lifetime = options.fallback_liveness_timeout * (1 - 1 / BEATS_PER_LIVENESS)
         self.liveness_ms = max(1, int(lifetime * 1000))
@@ -149,7 +153,7 @@ class RedisLists:
         self.available = True
         self.problem: Exception | None = None
         self._client = redis.Redis.from_url(
-            options.fallback_url,
+            self._url,
             socket_timeout=COMMAND_TIMEOUT,
             socket_connect_timeout=CONNECT_TIMEOUT,
             # A push repeated by the driver would be there twice; whoever calls may repeat it.
@@ -160,7 +164,7 @@ class RedisLists:
         self._reclaim = self._client.register_script(_script("reclaim"))
         self._take = self._client.register_script(self.take_script)
         self._lock = threading.RLock()
-        #: what this process holds, by field
+        #: what this process holds, by take and number
         self._held: dict[bytes, Delivery] = {}
         self._outstanding: set[int] = set()
         self._lost_takes: set[int] = set()
@@ -176,14 +180,14 @@ class RedisLists:
     def connection(self) -> Any:
         """Return a connected redis-py connection that speaks RESP3, for a reader of its own."""
         pool = redis.ConnectionPool.from_url(
-            self.options.fallback_url,
+            self._url,
             protocol=3,
             socket_timeout=COMMAND_TIMEOUT,
             socket_connect_timeout=CONNECT_TIMEOUT,
             retry=Retry(NoBackoff(), 0),
             client_name="kombu_jetstream",
         )
-        connection = pool.make_connection()
+        connection: Any = pool.make_connection()
         connection.connect()
         return connection
 
@@ -212,6 +216,10 @@ class RedisLists:
         """Return what went wrong, in words without a password."""
         text = str(exc) or type(exc).__name__
         return re.sub(r"//[^/@\s]*@", "//**@", text)
+
+    def script(self, name: str) -> Any:
+        """Return a Lua script of ours, to be called with keys and arguments."""
+        return self._client.register_script(_script(name))
 
     def ping(self) -> None:
         self.call(lambda client: client.ping())
@@ -281,6 +289,20 @@ class RedisLists:
 
         return [payload for found in self.call(look) for payload in reversed(found)]
 
+    # -- dead letters --------------------------------------------------------------------------
+
+    def keep_letter(self, letter: bytes) -> None:
+        """Keep a dead letter until JetStream is there for it."""
+        self.call(lambda client: client.rpush(self.letters_key, letter))
+
+    def next_letter(self) -> bytes | None:
+        """Return the oldest dead letter kept; it stays until `drop_letter`."""
+        found: bytes | None = self.call(lambda client: client.lindex(self.letters_key, 0))
+        return found
+
+    def drop_letter(self, letter: bytes) -> None:
+        self.call(lambda client: client.lrem(self.letters_key, 1, letter))
+
     # -- bindings, as kombu keeps them ---------------------------------------------------------
 
     def bind(self, exchange: str, exchange_type: str, key: str, queue: str) -> None:
@@ -307,7 +329,7 @@ class RedisLists:
         if members:
             for table in ("binding", "binding_permanent"):
                 name = self.key(f"_kombu.{table}.{exchange}")
-                self.call(lambda client, name=name: client.srem(name, *members))
+                self.call(partial(_srem, name, members))
             self._routes.pop(exchange, None)
 
     def route(self, exchange: str, exchange_type: str, key: str) -> tuple[str, ...]:
@@ -356,17 +378,18 @@ class RedisLists:
             self._lost_takes.add(take)
 
     def _delivery(self, field: bytes, payload: bytes, tries: bytes, *, now: float) -> Delivery:
-        name = field.split(b":", 2)[2].decode()[len(self.prefix) :]
-        queue, _, step = name.partition(SEPARATOR)
+        take, number, key = field.split(b":", 2)
+        queue, _, step = key.decode()[len(self.prefix) :].partition(SEPARATOR)
         return Delivery(
             queue,
             LEVELS.index(level_of(int(step or 0), self.options)),
             payload,
-            field,
+            b"%b:%b" % (take, number),
             self,
             int(tries) + 1,
             float("inf"),  # the process gives the sign of life, not each delivery
             now,
+            extra=field,
         )
 
     def take_one(self, queue: str) -> Delivery | None:
@@ -411,9 +434,9 @@ class RedisLists:
     def _send(self, delivery: Delivery, outcome: Outcome) -> None:
         if outcome == "nak":
             keys = [self.held_key, self.attempts_key]
-            self.call(lambda client: self._requeue(keys, [ATTEMPTS_LIFETIME, delivery.token]))
+            self.call(lambda client: self._requeue(keys, [ATTEMPTS_LIFETIME, delivery.extra]))
         else:
-            self.call(lambda client: client.hdel(self.held_key, delivery.token))
+            self.call(lambda client: client.hdel(self.held_key, delivery.extra))
             if delivery.attempt > 1:
                 digest = hashlib.sha1(delivery.payload, usedforsecurity=False).hexdigest()
                 self.call(lambda client: client.hdel(self.attempts_key, digest))
@@ -482,7 +505,8 @@ class RedisLists:
             lost = [
                 field
                 for field in fields
-                if field not in self._held and int(field.split(b":", 1)[0]) in self._lost_takes
+                if b":".join(field.split(b":", 2)[:2]) not in self._held
+                and int(field.split(b":", 1)[0]) in self._lost_takes
             ]
         lost.sort(key=lambda field: [int(part) for part in field.split(b":", 2)[:2]])
         if lost:
@@ -538,6 +562,10 @@ def checksum(payload: bytes) -> int:
     """Return a number whose sums over two sets of messages are equal if the sets are."""
     digest = hashlib.sha1(payload, usedforsecurity=False).digest()
     return int.from_bytes(digest[:5], "big")
+
+
+def _srem(name: str, members: list[str], client: Any) -> None:
+    client.srem(name, *members)
 
 
 def _pattern(key: str) -> str:
@@ -688,8 +716,10 @@ class ListReader:
         lists = self._lists
         by_queue = [lists.lists_of(queue) for queue in self.queues]
         self.queues.append(self.queues.pop(0))  # queues take turns
-        keys = lists.take_keys([key for same_step in zip(*by_queue) for key in same_step])
-        words = [limit, self._take, lists.liveness_ms, lists.worker]
+        keys = lists.take_keys(
+            [key for same_step in zip(*by_queue, strict=True) for key in same_step]
+        )
+        words: list[bytes | str | int] = [limit, self._take, lists.liveness_ms, lists.worker]
         self._send(self._on_taken, "EVALSHA", self._sha, len(keys), *keys, *words)
 
     def _on_taken(self, answer: Any) -> None:
