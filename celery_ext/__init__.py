@@ -17,7 +17,7 @@ in the configuration.
 `retry`         when a task is tried again (pure), and how it is made to
 `priority`      levels to numbers (pure)
 `worker`        takes a worker's tasks over;  `requests` what happens when one has ended
-`letters`       from a failure to a dead letter (pure)
+`letters`       from a failure to a dead letter (pure);  `burials` stores them
 `outcomes`      `nack` and `dead_letter`
 `stats`         counters of a worker;  `remote` what ``celery inspect`` gets
 `tracing`       trace context in messages, with OpenTelemetry

@@ -23,6 +23,8 @@ from celery.exceptions import Ignore, Reject, Retry, Terminated, TimeLimitExceed
 from celery.worker import state
 from celery.worker.request import Request
 
+from kombu_jetstream.deadletter import RETRY_INTERVAL
+
 from .letters import Death, error_of
 from .outcomes import DeadLettered, Nack
 from .stats import Outcome
@@ -31,9 +33,6 @@ if TYPE_CHECKING:
     from .worker import WorkerHooks
 
 __all__ = ["hooked"]
-
-#: Seconds after which a message is delivered again whose dead letter could not be stored.
-DEAD_LETTER_RETRY = 10.0
 
 
 def hooked(base: type[Request], worker: WorkerHooks) -> type[Request]:
@@ -112,7 +111,7 @@ class _HookedRequest(Request):
     def acknowledge(self) -> None:
         if self._death is not None and not self.acknowledged and not self._bury():
             self._outcome = "requeued"
-            self._give_back(DEAD_LETTER_RETRY)
+            self._give_back(RETRY_INTERVAL)
             return
         super().acknowledge()
 

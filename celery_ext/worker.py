@@ -15,12 +15,11 @@ from celery.app.trace import build_tracer
 from celery.utils.imports import symbol_by_name
 from celery.worker.consumer.gossip import Gossip
 from celery.worker.consumer.mingle import Mingle
-from kombu import pools
-from kombu.messaging import Producer
 
-from kombu_jetstream.deadletter import DeadLetter, death_id
+from kombu_jetstream.deadletter import death_id
 
 from . import remote, retry
+from .burials import Burials, Remains
 from .letters import Death, error_of, error_type, letter_of
 from .outcomes import DeadLettered
 from .requests import hooked
@@ -36,9 +35,6 @@ __all__ = ["WorkerHooks"]
 
 logger = logging.getLogger(__name__)
 
-#: Retries of a dead letter's write after a lost connection; each one connects anew first.
-WRITE_RETRIES = {"max_retries": 3, "interval_start": 0.2, "interval_step": 0.3, "interval_max": 1}
-
 #: Steps that Celery starts with some kinds of broker only.
 _FOR_SOME_BROKERS: tuple[Any, ...] = (Mingle, Gossip)
 
@@ -52,6 +48,7 @@ class WorkerHooks:
         self.stats = Stats()
         self._driver_type = driver_type
         self._hostname = hostname
+        self._burials = Burials(app)
         #: of the tasks that follow one of ours
         self._policies: dict[str, RetryPolicy] = {}
         self._request_classes: dict[Any, type[Request]] = {}
@@ -106,6 +103,7 @@ class WorkerHooks:
         for step, transports in self._without.items():
             step.compatible_transports = transports
         self._without.clear()
+        self._burials.close()
         remote.stop_answering()
 
     def _trace_anew(self, task: Task) -> None:
@@ -136,6 +134,8 @@ class WorkerHooks:
 
     def _death_of(self, request: Request, einfo: ExceptionInfo) -> Death | None:
         task, error = request.task, error_of(einfo)
+        if not request.message.delivery.token:
+            return None  # of a Broadcast queue: every worker has it, and no queue to go back to
         if isinstance(error, DeadLettered):
             return Death(reason="rejected", message=str(error))
         if not self.settings.dead_letter or not getattr(task, "dead_letter", True):
@@ -156,43 +156,50 @@ class WorkerHooks:
         return Death.of(einfo, reason)
 
     def bury(self, request: Request, death: Death) -> bool:
-        """Store the dead letter of a request's message; return whether that is confirmed.
+        """Store the dead letter of a request's message; return whether the message may go.
 
-        Blocks for the round trip, and for some seconds while the broker is away.
+        It may not when it is still unsettled and the dead letter could not be stored; that of a
+        message settled already is stored later.  Blocks for a round trip, or some seconds while
+        the broker is away.
         """
         try:
-            delivery = request.message.delivery
-            letter = letter_of(
-                death,
-                delivery,
-                request.message.headers,
-                task=request.task.name,
-                task_id=request.id,
-                worker=request.hostname,
-                now=time.time(),
-            )
-            self._write(letter, delivery.payload, death_id(delivery.token, delivery.payload))
+            remains = self._remains(request, death)
         except Exception:
-            self.failed(f"storing the dead letter of {request.humaninfo()}")
+            self.failed(f"making the dead letter of {request.humaninfo()}")
+            return True
+        try:
+            self._burials.store(remains)
+        except Exception as exc:
+            self.stats.hook_failed()
+            logger.error(
+                "the dead letter of %s could not be stored, trying later: %s",
+                request.humaninfo(),
+                exc,
+            )
+            if request.acknowledged:
+                self._burials.store_later(remains)
             return False
         logger.info("%s is a dead letter: %s", request.humaninfo(), death.reason)
         return True
 
-    def _write(self, letter: DeadLetter, payload: bytes, death: str) -> None:
-        # A connection of its own, from kombu's pool: the consumer's may be in the middle of
-        # something, or be another one by now.
-        with pools.producers[self.app.connection_for_read()].acquire(block=True) as producer:
-            write = producer.connection.ensure(producer, _write, **WRITE_RETRIES)
-            write(producer, letter, payload, death)
+    def _remains(self, request: Request, death: Death) -> Remains:
+        message = request.message
+        delivery = message.delivery
+        letter = letter_of(
+            death,
+            delivery,
+            message.headers,
+            task=request.task.name,
+            task_id=request.id,
+            worker=request.hostname,
+            now=time.time(),
+        )
+        return Remains(letter, delivery.payload, death_id(delivery.token, delivery.payload))
 
     def failed(self, what: str) -> None:
         """Log and count the exception that is being handled."""
         self.stats.hook_failed()
         logger.exception("celery_ext failed in %s", what)
-
-
-def _write(producer: Producer, letter: DeadLetter, payload: bytes, death: str) -> None:
-    producer.channel.connection.write_dead_letter(letter, payload, death)
 
 
 def _attempt(request: Request) -> int:
