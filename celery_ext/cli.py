@@ -32,6 +32,7 @@ from .cli_common import (
     timeout_option,
 )
 from .cli_dlq import dlq
+from .cli_migrate import migrate
 from .cli_queues import print_queues, queues, scheduled
 
 __all__ = ["jetstream"]
@@ -44,7 +45,7 @@ def jetstream(ctx: click.Context, **kwargs: Any) -> None:
     """Look at and look after queues on NATS JetStream."""
 
 
-for group in (dlq, queues, scheduled):
+for group in (dlq, migrate, queues, scheduled):
     jetstream.add_command(group)
 
 

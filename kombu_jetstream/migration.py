@@ -227,7 +227,7 @@ class Drain:
     def __init__(self, session: DualSession, lists: RedisLists) -> None:
         self._session = session
         self._lists = lists
-        self._way = f"{lists.prefix}_kombu_jetstream.drain"
+        self.way = f"{lists.prefix}_kombu_jetstream.drain"
         self._tried = f"{lists.prefix}_kombu_jetstream.drain_tried"
         self._lock = f"{lists.prefix}_kombu_jetstream.drain_lock"
         self._myself = f"{lists.worker}:{uuid()[:8]}"
@@ -298,7 +298,7 @@ class Drain:
 
     def _resume(self, in_doubt: InDoubt) -> None:
         """Finish what an interrupted drain had begun."""
-        entries = self._lists.call(lambda client: client.hgetall(self._way))
+        entries = self._lists.call(lambda client: client.hgetall(self.way))
         tried = self._lists.call(lambda client: client.hgetall(self._tried))
         for name, payload in sorted(entries.items(), key=lambda entry: _order(entry[0])):
             since = float(tried.get(name, 0))
@@ -317,7 +317,7 @@ class Drain:
 
     def _move(self, queue: str) -> bool:
         """Move some messages of *queue*; return whether there were any."""
-        keys = [self._way, *self._lists.lists_of(queue)]
+        keys = [self.way, *self._lists.lists_of(queue)]
         flat = self._lists.call(lambda client: self._drain(keys, [BATCH, time.time_ns()]))
         for name, payload in zip(flat[::2], flat[1::2], strict=True):
             self._deliver(name, payload)
@@ -325,7 +325,7 @@ class Drain:
 
     def _move_unacked(self) -> None:
         lists = self._lists
-        keys = [lists.key("unacked"), lists.key("unacked_index"), self._way]
+        keys = [lists.key("unacked"), lists.key("unacked_index"), self.way]
         entries = lists.call(lambda client: client.hgetall(keys[0]))
         for number, (tag, raw) in enumerate(entries.items()):
             try:
@@ -374,7 +374,7 @@ class Drain:
     def _done(self, name: bytes) -> None:
         def forget(client: Any) -> None:
             with client.pipeline(transaction=True) as pipe:
-                pipe.hdel(self._way, name)
+                pipe.hdel(self.way, name)
                 pipe.hdel(self._tried, name)
                 pipe.execute()
 

@@ -97,6 +97,9 @@ BEATS_PER_LIVENESS = 4
 #: How long Redis remembers that a message came back.
 ATTEMPTS_LIFETIME = 7 * 24 * 60 * 60
 
+#: Exchanges of Celery's remote control and events, whose queues are a worker's own.
+_OF_CONTROL = re.compile(r"(^|\.)pidbox$|^celeryev$")
+
 _BLOCKED = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 _FAILURES = (RedisError, OSError)
@@ -318,6 +321,35 @@ class RedisLists:
 
         self._routes.pop(exchange, None)
         self.call(write)
+
+    def bound_queues(self) -> set[str]:
+        """Return the queues that are bound to any exchange but those of remote control."""
+        prefix = f"{self.prefix}_kombu.binding."
+
+        def read(client: Any) -> set[str]:
+            found = set()
+            for table in client.scan_iter(match=f"{prefix}*", count=1000):
+                if _OF_CONTROL.search(table.decode("utf-8", "replace")[len(prefix) :]):
+                    continue
+                for member in client.smembers(table):
+                    found.add(member.decode("utf-8", "replace").rpartition(SEPARATOR)[2])
+            return found - {""}
+
+        queues: set[str] = self.call(read)
+        return queues
+
+    def held_by_all(self) -> int:
+        """Return how many messages all our workers hold."""
+
+        def read(client: Any) -> int:
+            workers = [worker.decode() for worker in client.smembers(self.workers_key)]
+            return sum(client.hlen(self.held_prefix + worker) for worker in workers)
+
+        return int(self.call(read))
+
+    def count(self, key: str) -> int:
+        """Return the number of fields of a hash."""
+        return int(self.call(lambda client: client.hlen(key)))
 
     def unbind(self, exchange: str, queue: str, key: str | None = None) -> None:
         """Remove the bindings of *queue*, with *key* only the one."""
