@@ -54,8 +54,8 @@ def load() -> None:
     if _loaded.done or "celery" not in sys.modules:
         return
     with _loaded.lock:
-        if _loaded.done:
-            return
+        if _loaded.done:  # by another thread, meanwhile
+            return  # type: ignore[unreachable]
         # First, as an extension may construct a connection, which loads the transport.
         _loaded.done = True
         found = (_extension(entry) for entry in entry_points(group=GROUP))

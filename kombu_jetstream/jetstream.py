@@ -10,6 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from nats.js import api
@@ -70,7 +71,10 @@ _SETTLE: dict[Outcome, bytes] = {
     "progress": b"+WPI",
 }
 
-_WAIT = b'{"batch":%%d,"expires":%d,"idle_heartbeat":%d}' % (PULL_EXPIRES * 1e9, IDLE_HEARTBEAT * 1e9)
+_WAIT = b'{"batch":%%d,"expires":%d,"idle_heartbeat":%d}' % (
+    PULL_EXPIRES * 1e9,
+    IDLE_HEARTBEAT * 1e9,
+)
 _NO_WAIT = b'{"batch":%d,"no_wait":true}'
 #: No message is that small: nothing is delivered, and the consumer was used.
 _TOUCH = b'{"batch":1,"no_wait":true,"max_bytes":1}'
@@ -122,7 +126,7 @@ class JetStream:
 
     def _exchange(self, requests: Sequence[tuple[str, Any]]) -> list[Answer]:
         connection = self.connection
-        replies: dict[int, Msg] = {}
+        replies: dict[int, Msg | JetStreamTransportError] = {}
         tokens = []
         with connection.corked():
             for index, (operation, body) in enumerate(requests):
@@ -131,7 +135,7 @@ class JetStream:
                         (self._prefix + operation).encode(),
                         json.dumps(body).encode() if body is not None else b"",
                         b"",
-                        lambda msg, index=index: replies.__setitem__(index, msg),
+                        partial(replies.__setitem__, index),
                     )
                 )
         try:
@@ -212,9 +216,7 @@ class JetStream:
             found[name] = api.StreamConfig.from_response(_unwrap(answer)["config"])
         return found
 
-    def _provision_stream(
-        self, expected: api.StreamConfig, found: api.StreamConfig | None
-    ) -> None:
+    def _provision_stream(self, expected: api.StreamConfig, found: api.StreamConfig | None) -> None:
         name = str(expected.name)
         if found is None:
             if self.options.provision == "verify":
@@ -260,7 +262,8 @@ class JetStream:
                 raise
         else:
             logger.info("created stream %r", config.name)
-        return api.StreamConfig.from_response(answer["config"])
+        created: api.StreamConfig = api.StreamConfig.from_response(answer["config"])
+        return created
 
     def _mend(
         self, found: api.StreamConfig, expected: api.StreamConfig, differences: list[Difference]
@@ -269,15 +272,11 @@ class JetStream:
         upgrades = {d.field: d.expected for d in differences if d.field in _UPGRADES}
         if not upgrades:
             return differences
-        answer = self.request(
-            f"STREAM.UPDATE.{found.name}", found.evolve(**upgrades).as_dict()
-        )
+        answer = self.request(f"STREAM.UPDATE.{found.name}", found.evolve(**upgrades).as_dict())
         for field, value in upgrades.items():
             setattr(found, field, value)
         logger.info("updated stream %r: %s", found.name, ", ".join(upgrades))
-        return topology.differences(
-            api.StreamConfig.from_response(answer["config"]), expected
-        )
+        return topology.differences(api.StreamConfig.from_response(answer["config"]), expected)
 
     # -- queues ------------------------------------------------------------------------------
 
@@ -334,7 +333,8 @@ class JetStream:
             f"CONSUMER.CREATE.{stream}.{config.name}.{config.filter_subject}",
             {"stream_name": stream, "config": config.as_dict()},
         )
-        return api.ConsumerInfo.from_response(answer)
+        info: api.ConsumerInfo = api.ConsumerInfo.from_response(answer)
+        return info
 
     def _consumer_infos(
         self, queue_name: str, levels: Sequence[Level]
@@ -391,7 +391,7 @@ class JetStream:
         connection = self.connection
         inbox = connection.new_inbox()
         subject = self.pull_subject(queue_name, level)
-        removed = 0
+        removed = wanted = 0
         ended = False
 
         def arrived(msg: Msg) -> None:
@@ -402,14 +402,15 @@ class JetStream:
             else:
                 ended = True
 
+        def is_over() -> bool:
+            return ended or removed == wanted
+
         sid = connection.subscribe(inbox, arrived)
         try:
             while True:
-                ended, before = False, removed
+                ended, wanted = False, removed + 1000
                 self.pull(subject, 1000, False, inbox)
-                if not connection.wait(
-                    lambda before=before: ended or removed - before == 1000, API_TIMEOUT
-                ):
+                if not connection.wait(is_over, API_TIMEOUT):
                     raise RequestTimeout(subject.decode(), API_TIMEOUT)
                 if ended:
                     return removed

@@ -199,7 +199,8 @@ class Publisher:
             now = time.monotonic()
             self.retry(now)
             if end is not None and now > end:
-                raise PublishTimeout(next(iter(self.unconfirmed.values())).subject.decode(), timeout or 0)
+                oldest = next(iter(self.unconfirmed.values()))
+                raise PublishTimeout(oldest.subject.decode(), timeout or 0.0)
             self.connection.wait(done, 0.25)
 
     def retry(self, now: float) -> None:

@@ -104,7 +104,7 @@ class Registry:
         subject = self._jetstream.direct_get(self._names.registry_stream)
         inbox = connection.new_inbox()
         records: list[tuple[str, bytes]] = []
-        last = 0
+        last = before = 0
         pending: int | None = None
         over = False
 
@@ -122,6 +122,10 @@ class Registry:
             if msg.payload:
                 records.append((fields["Nats-Subject"], msg.payload))
 
+        def is_over() -> bool:
+            # An old server ignores "batch": one record without the count of those left.
+            return over or (last > before and pending is None)
+
         sid = connection.subscribe(inbox, arrived)
         try:
             while True:
@@ -132,10 +136,7 @@ class Registry:
                     "batch": PAGE,
                 }
                 connection.publish(subject, json.dumps(request).encode(), inbox)
-                # An old server ignores "batch": one record without the count of those left.
-                if not connection.wait(
-                    lambda before=before: over or (last > before and pending is None), API_TIMEOUT
-                ):
+                if not connection.wait(is_over, API_TIMEOUT):
                     raise RequestTimeout(subject.decode(), API_TIMEOUT)
                 if pending == -1:
                     raise NoResponders(subject.decode())

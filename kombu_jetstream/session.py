@@ -13,7 +13,6 @@ import atexit
 import logging
 import os
 import random
-import socket
 import threading
 import time
 import weakref
@@ -204,7 +203,7 @@ class Session:
                     self._after_read()
                     if self.dispatch_one():
                         return
-                    raise socket.timeout("timed out")
+                    raise TimeoutError("timed out")
                 remaining = min(remaining, end - now)
             self._wait(max(0.0, remaining))
             self._after_read()
@@ -395,7 +394,7 @@ class Session:
             return JetStreamUnavailable(str(self.nats.server))
         if self.options.provision == "off":
             return None
-        _, kind, *rest = subject.decode().split(".")
+        _, kind, *_rest = subject.decode().split(".")
         stream = f"{self.options.namespace}_{kind}"
         try:
             self.jetstream.request(f"STREAM.INFO.{stream}")
@@ -414,9 +413,7 @@ class Session:
             _told.add(feature)
             needs, instead = _WITHOUT[feature]
             version = ".".join(map(str, self.nats.info.version))
-            logger.warning(
-                "no %s here (nats-server %s; %s): %s", feature, version, needs, instead
-            )
+            logger.warning("no %s here (nats-server %s; %s): %s", feature, version, needs, instead)
 
     def announce_degraded(self) -> None:
         """Say what this server cannot do for those who consume; for others, when they ask."""

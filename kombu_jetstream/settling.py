@@ -1,0 +1,222 @@
+"""The part of a channel that settles deliveries: done, put back, or dead.
+
+What is held is in `qos`; the store that made a delivery knows how to settle it (`backend`).  A
+message that dies is written to the dead letters first, confirmed, and only then taken out of its
+queue.  These verbs may come from any thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+from . import deadletter, envelope, extensions
+from .backend import Delivery
+from .deadletter import DeadLetter, Reason
+from .declaring import Declaring
+from .errors import (
+    ConnectionLost,
+    JetStreamTransportError,
+    MalformedMessage,
+    NotSupported,
+    PreconditionFailed,
+)
+from .outgoing import Outgoing
+from .pulls import Pulls, Ready
+from .qos import QoS
+from .topology import LEVELS
+
+if TYPE_CHECKING:
+    from .session import Session
+
+__all__ = ["Settling"]
+
+logger = logging.getLogger(__name__)
+
+
+class Settling(Declaring):
+    """Holds deliveries and settles them."""
+
+    def __init__(self, session: Session) -> None:
+        super().__init__(session)
+        self._outgoing = Outgoing(session)
+        self._pulls = Pulls(guard=session.options.starvation_guard)
+        self.ready: Ready[Delivery] = Ready(self._pulls)
+        self.qos = QoS(self._pulls)
+        #: deliveries whose dead letter is not confirmed yet
+        self._letters: set[Delivery] = set()
+
+    def basic_ack(self, delivery_tag: int, multiple: bool = False) -> None:
+        """Settle a delivery (with *multiple*, all up to it) as done; from any thread."""
+        for tag in self.qos.up_to(delivery_tag) if multiple else (delivery_tag,):
+            self._settle(tag, "ack")
+
+    def basic_reject(self, delivery_tag: int, requeue: bool = False) -> None:
+        """Put a delivery back (*requeue*), or make it a dead letter."""
+        if requeue:
+            self._settle(delivery_tag, "nak")
+            return
+        self.bury(delivery_tag, None)
+
+    def basic_nack(self, delivery_tag: int, multiple: bool = False, requeue: bool = True) -> None:
+        """Reject a delivery, with *multiple* all up to it (RabbitMQ's extension)."""
+        for tag in self.qos.up_to(delivery_tag) if multiple else (delivery_tag,):
+            self.basic_reject(tag, requeue=requeue)
+
+    def basic_recover(self, requeue: bool = True) -> None:
+        """Put everything this channel holds back."""
+        if not requeue:
+            raise NotSupported("basic_recover(requeue=False)", "use requeue=True")
+        for tag in self.qos.up_to(0):
+            self._settle(tag, "nak")
+
+    def nack_later(self, delivery_tag: int, delay: float) -> None:
+        """Put a delivery back, to be delivered again after *delay* seconds."""
+        self._settle(delivery_tag, "nak", delay)
+
+    def _settle(self, tag: int, outcome: Any, delay: float | None = None) -> None:
+        with self._session.lock:
+            delivery = self._release(tag)
+            delivery.settled = True
+        delivery.settler.settle(delivery, outcome, delay)
+        self._after_settle()
+
+    def _release(self, tag: int) -> Delivery:
+        try:
+            return self.qos.release(tag)
+        except PreconditionFailed as exc:
+            if self.closed:  # it was handed back when the channel closed
+                raise ConnectionLost("the channel is closed") from exc
+            raise
+
+    def _after_settle(self) -> None:
+        """Use the room there is now."""
+        raise NotImplementedError
+
+    def _hand_back(self, delivery: Delivery) -> None:
+        """Put back a delivery nobody has seen."""
+        with self._session.lock:
+            self.qos.release(delivery.tag)
+            delivery.settled = True
+        try:
+            delivery.settler.settle(delivery, "nak")
+        except JetStreamTransportError as exc:
+            logger.debug("could not hand back a message of %r: %s", delivery.queue, exc)
+
+    def bury(
+        self, delivery_tag: int, reason: Reason | None, error: BaseException | None = None
+    ) -> None:
+        """Give up on a delivery for *reason*, or because the application refused it (None).
+
+        It goes to its queue's dead-letter exchange, if that has a queue for it, else to the dead
+        letters.
+        """
+        with self._session.lock:
+            delivery = self._release(delivery_tag)
+        decoded = _decoded(delivery.payload)
+        if reason is None:
+            reason = extensions.reject_reason(deadletter.facts_of(decoded).get("task"))
+        else:
+            logger.error(
+                "message of queue %r %s: %s%s",
+                delivery.queue,
+                "becomes a dead letter" if delivery.token else "is dropped",
+                reason,
+                f" ({error})" if error is not None else "",
+            )
+        if delivery.token:
+            self._bury(delivery, reason, decoded, error)
+        self._after_settle()
+
+    def _bury(
+        self,
+        delivery: Delivery,
+        reason: Reason,
+        decoded: envelope.Envelope | None,
+        error: BaseException | None,
+    ) -> None:
+        try:
+            forwarded = reason != "malformed" and self._forward(delivery, decoded)
+        except JetStreamTransportError as exc:
+            self._session.dead_letter_written(exc)
+            self._keep(delivery)
+            return
+        if forwarded:
+            delivery.settled = True
+            delivery.settler.settle(delivery, "ack")
+        else:
+            self._write_dead_letter(delivery, reason, decoded, error)
+
+    def _keep(self, delivery: Delivery) -> None:
+        """Put back a message that could not be written to where the dead go."""
+        delivery.settled = True
+        delivery.settler.settle(delivery, "nak", deadletter.RETRY_INTERVAL)
+
+    def _forward(self, delivery: Delivery, decoded: envelope.Envelope | None) -> bool:
+        """Publish to the queue's dead-letter exchange; return whether a queue took the message.
+
+        Under the id of its death, so that it arrives once if this is repeated after a crash.
+        """
+        record = self._session.registry.queues.get(delivery.queue)
+        if decoded is None or record is None or record.wants.dead_letter_exchange is None:
+            return False
+        exchange, key = record.wants.dead_letter_exchange, record.wants.dead_letter_routing_key
+        if key is None:
+            key = decoded["properties"]["delivery_info"].get("routing_key") or ""
+        death = deadletter.death_id(delivery.token, delivery.payload)
+        if self._outgoing.forward(decoded, exchange, key, death):
+            return True
+        logger.warning(
+            "no queue takes what dies in queue %r: nothing is bound to exchange %r for %r",
+            delivery.queue,
+            exchange,
+            key,
+        )
+        return False
+
+    def _write_dead_letter(
+        self,
+        delivery: Delivery,
+        reason: Reason,
+        decoded: envelope.Envelope | None,
+        error: BaseException | None = None,
+    ) -> None:
+        """First the confirmed write to the dead letters, then the end of the original."""
+        session = self._session
+        letter = DeadLetter(
+            reason=reason,
+            queue=delivery.queue,
+            level=LEVELS[delivery.level],
+            error=type(error).__name__ if error is not None else None,
+            message=str(error) if error is not None else None,
+            attempts=delivery.attempt,
+            worker=deadletter.worker_name(),
+            published_at=delivery.published_at or None,
+            died_at=time.time(),
+            **deadletter.facts_of(decoded),
+        )
+
+        def written(failure: JetStreamTransportError | None) -> None:
+            self._letters.discard(delivery)
+            session.dead_letter_written(failure)
+            if failure is None:
+                delivery.settled = True
+                delivery.settler.settle(delivery, "term")
+                extensions.dead_lettered(letter)
+            else:
+                self._keep(delivery)
+
+        self._letters.add(delivery)
+        try:
+            session.jetstream.dead_letter(delivery, letter, written)
+        except ConnectionLost:
+            self._letters.discard(delivery)
+            logger.warning("a dead letter of queue %r waits for the connection", letter.queue)
+
+
+def _decoded(payload: bytes) -> envelope.Envelope | None:
+    try:
+        return envelope.decode(payload)
+    except MalformedMessage:
+        return None
