@@ -117,7 +117,7 @@ def _print_overview(ctx: click.Context, found: Any) -> None:
     letters = sum(found.dead_letters.values())
     if letters:
         age = show_age(time.time() - (found.oldest_dead_letter_at or time.time()))
-        ctx.obj.echo(f"{count_of(letters, 'dead letter')}, the oldest since {age}")
+        ctx.obj.echo(f"{count_of(letters, 'dead letter')}, the oldest {age} old")
 
 
 @command(jetstream)
@@ -204,7 +204,7 @@ def ping(ctx: click.Context, count: int, as_json: bool, timeout: float) -> None:
 )
 @json_option
 def workers(ctx: click.Context, timeout: float, as_json: bool) -> None:
-    """Show what became of the tasks of each worker since it started."""
+    """Show what became of the tasks of each worker."""
     from .overview import worker_stats
     from .tables import Column
 
@@ -214,7 +214,7 @@ def workers(ctx: click.Context, timeout: float, as_json: bool) -> None:
         return
     outcomes = ("processed", "succeeded", "failed", "retried", "dead_lettered")
     columns = [Column("worker"), Column("task"), Column("queue")]
-    columns += [Column(name.replace("_", " "), right=True, keep=True) for name in outcomes]
+    columns += [Column(name.partition("_")[0], right=True, keep=True) for name in outcomes]
     rows = [
         [worker, task, queue, *(counts.get(name, 0) for name in outcomes)]
         for worker, stats in sorted(found.items())
@@ -280,9 +280,12 @@ def _print_changes(ctx: click.Context, changes: list[Any], dry_run: bool) -> Non
 @command(jetstream)
 @click.argument("role", type=click.Choice(["producer", "worker", "operator"]))
 @queues_option
+@click.option(
+    "--control", is_flag=True, help="A producer may revoke tasks and ask workers, and stop them."
+)
 @json_option
 def permissions(
-    ctx: click.Context, role: str, queue_names: list[str] | None, as_json: bool
+    ctx: click.Context, role: str, queue_names: list[str] | None, control: bool, as_json: bool
 ) -> None:
     """Print what NATS must allow to a ROLE of this app.
 
@@ -301,6 +304,7 @@ def permissions(
         role,  # type: ignore[arg-type]  # click has checked it
         options,
         declared(app, queue_names),
+        control=control,
         rpc_results=uses_rpc_results(app),
     )
     if as_json:
@@ -325,7 +329,7 @@ def server(
     nats_server: str | None,
     verbose: bool,
 ) -> None:
-    """Run a nats-server with JetStream for development, until Ctrl-C."""
+    """Run a nats-server for development, until Ctrl-C."""
     from pathlib import Path
 
     from kombu_jetstream.server import DEFAULT_STORE_DIR, run
@@ -348,7 +352,7 @@ def server(
 @click.option("--host", default="0.0.0.0", show_default=True, help="Address to listen on.")
 @timeout_option
 def exporter(ctx: click.Context, port: int, host: str, timeout: float) -> None:
-    """Serve metrics of queues and dead letters to Prometheus, until Ctrl-C.
+    """Serve Prometheus metrics of queues and dead letters.
 
     Needs the extra "metrics".  Each scrape asks the broker; nothing is asked in between.
     """

@@ -145,7 +145,7 @@ def _print_letters(ctx: click.Context, letters: Iterable[Letter], empty: str) ->
         Column("error"),
         Column("message"),
         Column("tries", right=True, keep=True, wide=True),
-        Column("replayed", right=True, keep=True, wide=True),
+        Column("replayed", right=True, keep=True, wide=True, optional=True),
     ]
     rows = [
         [

@@ -78,9 +78,9 @@ def print_queues(ctx: click.Context, queues: Iterable[Any]) -> None:
         Column("redelivered", right=True, keep=True),
         Column("consumers", right=True, keep=True),
         Column("oldest", right=True, keep=True),
-        Column("rate/s", right=True, keep=True),
+        Column("rate", right=True, keep=True, optional=True),
         Column("ready by level", wide=True),
-        Column("state"),
+        Column("state", optional=True),
     ]
     rows = [
         [
@@ -240,7 +240,7 @@ def list_scheduled(
         return
     now = time.time()
     columns = [
-        Column("due at", keep=True),
+        Column("due at", keep=True, wide=True),
         Column("in", right=True, keep=True),
         Column("task"),
         Column("task id", keep=True),

@@ -7,6 +7,7 @@ the others.  Looking changes nothing on the server.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -39,6 +40,9 @@ SKEW_ERROR = 30.0
 
 #: Part of a limit from which it is near.
 NEAR = 0.8
+
+#: Missing things that are named; more are counted.
+MAX_LISTED = 3
 
 #: Seconds over which a queue must have delivered something, if it could.
 WATCHED = 1.0
@@ -199,13 +203,14 @@ async def _streams(broker: Broker, needed: Declared) -> list[Finding]:
     """Compare streams, consumers and records with what the options want."""
     found = []
     verb = "celery jetstream provision"
-    for change in await plan(broker, needed):
-        if change.action == "create":
-            later = broker.options.provision == "auto"
-            remedy = f"start a worker, or run `{verb}`" if later else f"run `{verb}`"
-            severity: Severity = "warning" if later else "error"
-            found.append(Finding("streams", severity, f"{change.what} is missing", remedy))
-            continue
+    changes = await plan(broker, needed)
+    missing = [change.what for change in changes if change.action == "create"]
+    if missing:
+        later = broker.options.provision == "auto"
+        remedy = f"start a worker, or run `{verb}`" if later else f"run `{verb}`"
+        severity: Severity = "warning" if later else "error"
+        found.append(Finding("streams", severity, f"missing: {_listed(missing)}", remedy))
+    for change in changes:
         told = ", ".join(
             f"{each.field} is {each.found!r}, the options want {each.expected!r}"
             for each in change.differences
@@ -213,10 +218,18 @@ async def _streams(broker: Broker, needed: Declared) -> list[Finding]:
         if change.action == "update":
             remedy = f"run `{verb}`, or give all programs the options that made it"
             found.append(Finding("streams", "warning", f"{change.what}: {told}", remedy))
-        else:
-            remedy = "it cannot be changed: drain it, delete it, run `celery jetstream provision`"
+        elif change.action == "impossible":
+            remedy = f"it cannot be changed: drain it, delete it, run `{verb}`"
             found.append(Finding("streams", "error", f"{change.what}: {told}", remedy))
     return found
+
+
+def _listed(things: list[str]) -> str:
+    """Return things by name if they are few, else how many of each kind."""
+    if len(things) <= MAX_LISTED:
+        return ", ".join(things)
+    kinds = Counter(thing.partition(" ")[0] for thing in things)
+    return ", ".join(f"{count} {kind}{'s' * (count > 1)}" for kind, count in kinds.items())
 
 
 async def _overlaps(broker: Broker, needed: Declared) -> list[Finding]:

@@ -6,7 +6,8 @@ producers and workers only use them.
 ========  ===========================================================================
 role      may
 ========  ===========================================================================
-producer  send tasks to the app's queues, at once or later, and to its exchanges
+producer  send tasks to the app's queues, at once or later, and events;
+          with *control* revoke tasks and ask workers, too
 worker    that, take tasks from the app's queues, write dead letters, be controlled
 operator  all that ``celery jetstream`` does, within the namespace
 ========  ===========================================================================
@@ -35,10 +36,16 @@ Permissions: TypeAlias = "dict[str, dict[str, list[str]]]"
 
 
 def permissions(
-    role: Role, options: Options, app: Declared, *, rpc_results: bool = False
+    role: Role,
+    options: Options,
+    app: Declared,
+    *,
+    control: bool = False,
+    rpc_results: bool = False,
 ) -> Permissions:
     """Return the permissions of *role* for an application.
 
+    *control*: a producer may use remote control, with which workers can be stopped.
     *rpc_results*: the application's result backend is ``rpc://``, so that a producer waits for
     results on a queue of its own.
     """
@@ -58,8 +65,11 @@ def permissions(
     if role == "producer":
         # Copies of events go to a bare exchange or below it.
         for exchange in app.exchanges:
-            publish += [names.exchange(exchange, ""), names.exchange(exchange, ">")]
-        if rpc_results:
+            if control or exchange not in app.control:
+                publish += [names.exchange(exchange, ""), names.exchange(exchange, ">")]
+        if control:
+            subscribe += [names.exchange(exchange, ">") for exchange in app.control]
+        if control or rpc_results:
             subscribe.append(f"{names.namespace}.q.>")
         return _block(publish, subscribe)
     for queue in app.queues:

@@ -39,6 +39,8 @@ class Declared:
     queues: dict[str, Queue] = field(default_factory=dict)
     exchanges: dict[str, Exchange] = field(default_factory=dict)
     bindings: list[Binding] = field(default_factory=list)
+    #: Of the exchanges: those of remote control, to the workers and back.
+    control: tuple[str, ...] = ()
 
 
 def declared(app: Any, queue_names: Iterable[str] | None = None) -> Declared:
@@ -61,6 +63,7 @@ def declared(app: Any, queue_names: Iterable[str] | None = None) -> Declared:
     mailbox = app.control.mailbox
     for exchange in (mailbox.exchange, mailbox.reply_exchange):
         _add_exchange(found, exchange)
+        found.control += (exchange.name,)
     events = app.conf.event_exchange
     found.exchanges[events] = Exchange(events, "topic")
     return found

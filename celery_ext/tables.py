@@ -22,22 +22,31 @@ LEAST = 8
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One column; *keep*: never cut, *wide*: only where there is room."""
+    """One column."""
 
     title: str
     right: bool = False
+    #: Never cut.
     keep: bool = False
+    #: Only where there is room.
     wide: bool = False
+    #: Only if a row has something in it.
+    optional: bool = False
 
 
 def show(ctx: Any, columns: Sequence[Column], rows: Sequence[Sequence[object]]) -> None:
     """Print a table as Celery's context prints; *rows* have a value for each column."""
     is_terminal = sys.stdout.isatty()
     width = shutil.get_terminal_size().columns if is_terminal else None
-    if width is not None and width < WIDE:
-        shown = [index for index, column in enumerate(columns) if not column.wide]
-        columns = [columns[index] for index in shown]
-        rows = [[row[index] for index in shown] for row in rows]
+    narrow = width is not None and width < WIDE
+    shown = [
+        index
+        for index, column in enumerate(columns)
+        if not (narrow and column.wide)
+        and not (column.optional and all(row[index] in (None, "") for row in rows))
+    ]
+    columns = [columns[index] for index in shown]
+    rows = [[row[index] for index in shown] for row in rows]
     if is_terminal and _show_rich(ctx, columns, rows):
         return
     for line in plain(columns, rows, width):
@@ -46,13 +55,12 @@ def show(ctx: Any, columns: Sequence[Column], rows: Sequence[Sequence[object]]) 
 
 def _show_rich(ctx: Any, columns: Sequence[Column], rows: Sequence[Sequence[object]]) -> bool:
     try:
-        from rich import box
         from rich.console import Console
         from rich.table import Table
         from rich.text import Text
     except ImportError:
         return False
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for column in columns:
         table.add_column(
             column.title,
