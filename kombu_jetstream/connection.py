@@ -218,7 +218,9 @@ class NatsConnection:
             except (ConnectionLost, ConnectionRejected, OSError) as exc:
                 causes.append((str(server), exc))
             else:
-                logger.debug("connected to %s, nats-server %s", server, self.info.raw.get("version"))
+                logger.debug(
+                    "connected to %s, nats-server %s", server, self.info.raw.get("version")
+                )
                 return
         first = causes[0][1] if causes else None
         if isinstance(first, ConnectionRejected) and len({type(exc) for _, exc in causes}) == 1:
@@ -711,7 +713,8 @@ class NatsConnection:
 
     def _react(self, event: protocol.Event) -> None:
         if event is Signal.PING:
-            self._write(protocol.CMD_PONG)
+            if self._failure is None:  # not in the way of the messages behind it
+                self._write(protocol.CMD_PONG)
         elif event is Signal.PONG:
             if self._pings:
                 self._pings.popleft()()

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,7 +35,7 @@ pytestmark = pytest.mark.nats29
 Connect = Callable[..., NatsConnection]
 
 
-def settings_of(*ports: int, **options: object) -> ConnectionSettings:
+def settings_of(*ports: int, **options: Any) -> ConnectionSettings:
     return ConnectionSettings(servers=tuple(Server("127.0.0.1", port) for port in ports), **options)
 
 
@@ -43,7 +44,7 @@ def connect(shared_nats_server: NatsServer) -> Iterator[Connect]:
     """Connects to the module's server, or to the *port* given; closes at the end."""
     made = []
 
-    def open_one(*ports: int, **options: object) -> NatsConnection:
+    def open_one(*ports: int, **options: Any) -> NatsConnection:
         connection = NatsConnection(settings_of(*(ports or (shared_nats_server.port,)), **options))
         made.append(connection)
         connection.connect()
@@ -90,6 +91,11 @@ def scripted() -> Iterator[Callable[[bytes], NatsConnection]]:
         connection.close()
     for thread in threads:
         thread.join(5)
+
+
+def noting(numbers: list[int]) -> Callable[[Msg], None]:
+    """Return a handler that appends the number a message carries."""
+    return lambda msg: numbers.append(int(msg.payload))
 
 
 def run_in_child(work: Callable[[], None]) -> None:
@@ -670,6 +676,24 @@ def test_what_was_sent_before_the_end_is_delivered_first(
     assert got == [b"1", b"2"]
 
 
+def test_what_a_failed_write_had_read_can_still_be_dispatched(
+    scripted: Callable[[bytes], NatsConnection],
+) -> None:
+    connection = scripted(b"MSG a 1 1\r\n1\r\nPING\r\nMSG a 1 1\r\n2\r\n")
+    got: list[bytes] = []
+    connection.subscribe(b"a", lambda msg: got.append(msg.payload))
+
+    def write_until_it_fails() -> None:
+        while True:
+            connection.write(encode_pub(b"a", bytes(1000)))
+
+    with pytest.raises(ConnectionLost):
+        write_until_it_fails()
+    connection.dispatch_received()
+
+    assert got == [b"1", b"2"]
+
+
 def test_nonsense_in_the_middle_is_a_lost_connection(
     scripted: Callable[[bytes], NatsConnection],
 ) -> None:
@@ -840,6 +864,22 @@ def test_keepalive_answers_for_an_owner_who_does_not_read(tmp_path: Path) -> Non
         connection.close()
 
 
+def test_neglected_connection_is_read_by_another_thread(connect: Connect) -> None:
+    connection = connect()
+    got: list[Msg] = []
+    connection.subscribe(b"a", got.append)
+    connection.round_trip(2)
+    connection.read_neglected()
+    connection.publish(b"a", b"")
+    poll_socket(connection.fileno(), True, False, 2)
+
+    connection.read_neglected()
+
+    assert len(got) == 1
+    # the PONG that wakes who began to wait for the socket meanwhile
+    assert poll_socket(connection.fileno(), True, False, 2)[0]
+
+
 def test_server_says_stale_to_who_does_not_answer(tmp_path: Path) -> None:
     config = {"ping_interval": "100ms", "ping_max": 1}
     with run_nats_server(tmp_path / "store", config=config, debug=True) as server:
@@ -994,7 +1034,7 @@ def test_two_threads_write_while_the_main_thread_reads(connect: Connect) -> None
     connection = connect()
     got: dict[bytes, list[int]] = {b"t1": [], b"t2": []}
     for subject, numbers in got.items():
-        connection.subscribe(subject, lambda msg, to=numbers: to.append(int(msg.payload)))
+        connection.subscribe(subject, noting(numbers))
 
     def write(subject: bytes) -> None:
         for number in range(10_000):
@@ -1160,82 +1200,3 @@ def test_nats_py_and_we_understand_each_other(nats_server: NatsServer) -> None:
 
     assert ours["type"] == api_request(nats_server.url, "INFO")["type"]
     connection.close()
-
-
-# Signals
-
-
-@pytest.fixture
-def interrupt() -> Iterator[Callable[[Callable[[], None]], None]]:
-    """Runs a function in a signal handler of this thread, again and again until it raises."""
-
-    def begin(work: Callable[[], None]) -> None:
-        def handler(*_: object) -> None:
-            work()
-            signal.setitimer(signal.ITIMER_VIRTUAL, 0.0005)  # after it, or it may interrupt itself
-
-        signal.signal(signal.SIGVTALRM, handler)
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0.0005)
-
-    # not SIGALRM, that is how the test runner ends a test that hangs
-    previous = signal.getsignal(signal.SIGVTALRM)
-    yield begin
-    signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-    signal.signal(signal.SIGVTALRM, previous)
-
-
-def test_signal_handler_may_publish(
-    connect: Connect, interrupt: Callable[[Callable[[], None]], None]
-) -> None:
-    connection = connect()
-    from_handler: list[int] = []
-    got: dict[bytes, list[int]] = {b"main": [], b"handler": []}
-    for subject, numbers in got.items():
-        connection.subscribe(subject, lambda msg, to=numbers: to.append(int(msg.payload)))
-
-    def publish() -> None:
-        from_handler.append(len(from_handler))
-        connection.publish(b"handler", b"%d" % from_handler[-1])
-
-    interrupt(publish)
-    for number in range(20_000):
-        connection.publish(b"main", b"%d" % number)
-    signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-    connection.round_trip(5)
-
-    assert from_handler
-    assert got == {b"main": list(range(20_000)), b"handler": from_handler}
-
-
-class SoftTimeLimit(Exception):
-    pass
-
-
-def test_exception_of_a_signal_handler_never_garbles_what_is_sent(
-    connect: Connect, interrupt: Callable[[Callable[[], None]], None]
-) -> None:
-    subscriber = connect()
-    body = b"x" * 3000
-    got: set[bytes] = set()
-    subscriber.subscribe(b"limits", lambda msg: got.add(msg.payload))
-    subscriber.round_trip(2)
-    reasons: list[str] = []
-
-    def expire() -> None:
-        raise SoftTimeLimit
-
-    for _ in range(50):
-        connection = connect()
-        with pytest.raises(SoftTimeLimit):  # noqa: PT012
-            interrupt(expire)
-            while True:
-                connection.publish(b"limits", body)
-        try:
-            connection.round_trip(5)
-        except ConnectionLost as exc:
-            reasons.append(str(exc))
-        connection.close()
-        subscriber.round_trip(5)
-
-    assert got == {body}
-    assert all("interrupted while" in reason for reason in reasons)

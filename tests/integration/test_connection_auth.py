@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import nkeys
 import pytest
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.nats29
 Login = Callable[..., NatsConnection]
 
 
-def settings_of(server: NatsServer, credentials: Credentials, **options: object):
+def settings_of(server: NatsServer, credentials: Credentials, **options: Any):
     return ConnectionSettings(
         servers=(Server("127.0.0.1", server.port),), credentials=credentials, **options
     )
@@ -40,7 +41,7 @@ def login() -> Iterator[Login]:
     """Connects to a server with credentials, and closes at the end."""
     made: list[NatsConnection] = []
 
-    def log_in(server: NatsServer, options: dict[str, object] | None = None, **credentials: str):
+    def log_in(server: NatsServer, options: dict[str, Any] | None = None, **credentials: str):
         connection = NatsConnection(
             settings_of(server, Credentials(**credentials), **(options or {}))
         )

@@ -347,13 +347,18 @@ def test_handshake_is_bounded_by_the_timeout(certificates: Certificates) -> None
 # Threads and processes
 
 
+def noting(numbers: list[int]) -> Callable[[Msg], None]:
+    """Return a handler that appends the number a message carries."""
+    return lambda msg: numbers.append(int(msg.payload))
+
+
 def test_two_threads_write_while_the_main_thread_reads(
     connect: Connect, secure_server: NatsServer, certificates: Certificates
 ) -> None:
     connection = connect(secure_server, certificates.context())
     got: dict[bytes, list[int]] = {b"t1": [], b"t2": []}
     for subject, numbers in got.items():
-        connection.subscribe(subject, lambda msg, to=numbers: to.append(int(msg.payload)))
+        connection.subscribe(subject, noting(numbers))
 
     def write(subject: bytes) -> None:
         for number in range(10_000):

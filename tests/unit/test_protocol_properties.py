@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from itertools import pairwise
-from typing import Any
 
 import pytest
 from hypothesis import example, given
@@ -211,8 +210,8 @@ def test_we_read_the_headers_nats_py_writes(fields: dict[str, str]) -> None:
     written: list[bytes] = []
 
     class Silent(Client):
-        async def _send_command(self, command: bytes, **_: Any) -> None:
-            written.append(bytes(command))
+        async def _send_command(self, cmd: bytes, priority: bool = False) -> None:
+            written.append(bytes(cmd))
 
     async def publish() -> None:
         client = Silent()
