@@ -132,6 +132,7 @@ BROKEN = [
     pytest.param(b"MSG a " + b"9" * 5000 + b" 2\r\nhi\r\n", "a number from 0", id="huge-sid"),
     pytest.param(b"MSG a 1 2\r\nhiPING\r\n", "CRLF after", id="trailer"),
     pytest.param(b"MSG a 1 2\r\nhi\n\n", "CRLF after", id="trailer-lf"),
+    pytest.param(b"MSG a 1 2\r\nhi\rx\r\n", "CRLF after", id="trailer-cr"),
     pytest.param(
         b"HMSG a 1 20 18\r\n" + HEADERS + b"\r\n", "a number from 0 to 18", id="hmsg-sizes"
     ),
