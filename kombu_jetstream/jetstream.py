@@ -52,6 +52,7 @@ CLUSTER_NOT_AVAILABLE = 10008
 CONSUMER_NOT_FOUND = 10014
 NOT_ENABLED_FOR_ACCOUNT = 10039
 NOT_ENABLED = 10076
+INSUFFICIENT_STORAGE = 10047
 STREAM_NOT_FOUND = 10059
 STREAM_NAME_EXIST = 10058
 STREAM_SUBJECT_OVERLAP = 10065
@@ -235,6 +236,9 @@ class JetStream:
                 f"stream {name!r}", [(d.field, d.found, d.expected) for d in fatal]
             )
         for difference in differences:
+            if (name, difference.field) in self.ledger.told:
+                continue  # once for each process, not for each of its connections
+            self.ledger.told.add((name, difference.field))
             logger.warning(
                 "stream %r has %s %r, the options say %r; "
                 "`celery jetstream provision` shows and applies the difference",
@@ -258,6 +262,19 @@ class JetStream:
                     f"stream {config.name!r} cannot be made, as another stream",
                     [("subjects", "the same", config.subjects)],
                 ) from exc
+            elif exc.err_code == INSUFFICIENT_STORAGE and config.name == (
+                self.names.dead_letter_stream
+            ):
+                # A limit is reserved when the stream is made, and this server is small.  Without
+                # one the letters still go by age.
+                logger.warning(
+                    "no room to reserve %d bytes for stream %r, it gets no limit; "
+                    "set dead_letter_max_bytes to what this server can spare",
+                    config.max_bytes,
+                    config.name,
+                )
+                unlimited = config.evolve(max_bytes=-1)
+                answer = self.request(f"STREAM.CREATE.{config.name}", unlimited.as_dict())
             else:
                 raise
         else:

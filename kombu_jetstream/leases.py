@@ -104,6 +104,8 @@ class Ledger:
         #: servers the cluster made known, and the one that was lost last
         self._servers: dict[tuple[str, int], Server] = {}
         self._lost_server: Server | None = None
+        #: differences of streams that were told already, by name and field
+        self.told: set[tuple[str, str]] = set()
         self._lock = threading.RLock()
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
