@@ -532,6 +532,7 @@ class NatsConnection:
     def wait(self, ready: Callable[[], bool], timeout: float | None) -> bool:
         """Read and dispatch until *ready*, at most *timeout* seconds; return whether it is.
 
+        *ready* is asked at the beginning and whenever something was dispatched, not in between.
         Raises ConnectionLost, and PermissionDenied for a subscription the server refused.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
