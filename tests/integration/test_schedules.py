@@ -1,4 +1,4 @@
-"""Messages that wait in the server for their time: when they come, where they wait, what ends them."""
+"""Messages that wait in the server for their time: when they come, and what ends them."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_what_is_due_within_the_threshold_goes_to_the_worker(
 def test_an_eta_the_server_cannot_wait_for_is_left_to_the_worker(
     connection: Connection, work: Queue, headers: dict[str, Any]
 ) -> None:
-    """It would fire such a schedule at once, so the message is the worker's at once, with its eta."""
+    """A schedule like that would fire at once, so the worker gets the message, with its eta."""
     send(connection, "x", to=work, headers=headers)
 
     with connection.channel() as channel:
