@@ -103,6 +103,7 @@ class Channel(Consuming):
 
     def _close_orderly(self) -> None:
         session = self._session
+        self._is_closing = True
         for consumer_tag in list(self._consumers):
             self.basic_cancel(consumer_tag)
         self._decide()

@@ -72,6 +72,7 @@ class Consuming(Settling):
         #: subject prefix and subscription of the pulls, by slot
         self._inboxes: list[tuple[bytes, int] | None] = [None] * SLOTS
         self._has_pulled = False
+        self._is_closing = False
         #: sources whose consumer the server says is deleted
         self._gone: list[tuple[Source, str]] = []
 
@@ -125,7 +126,10 @@ class Consuming(Settling):
         self.refill()
 
     def basic_cancel(self, consumer_tag: str, nowait: bool = False, **kwargs: Any) -> None:
-        """End a consumer.  What it was given and did not settle stays held."""
+        """End a consumer.  What it was given and did not settle stays held.
+
+        What is on its way to it is awaited, and handed back at once.
+        """
         consumer = self._consumers.pop(consumer_tag, None)
         self.no_ack_consumers.discard(consumer_tag)
         if consumer is None:
@@ -139,6 +143,8 @@ class Consuming(Settling):
                 session.forget_transient(transient)
         elif not self.consumers_of(consumer.queue):
             self._stop_pulling(consumer.queue)
+            if not self._is_closing:
+                session.nats.round_trip(session.answer_timeout)
             self._auto_delete(consumer.queue)
 
     def _stop_pulling(self, queue: str) -> None:
@@ -225,6 +231,8 @@ class Consuming(Settling):
     def refill(self) -> None:
         """Ask the server for what the credit allows."""
         session = self._session
+        if self._is_closing:
+            return
         with session.lock:
             self.dirty = False
             commands = self._pulls.plan(time.monotonic())

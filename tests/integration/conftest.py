@@ -20,6 +20,8 @@ def connect(shared_nats_server: NatsServer, namespace: str) -> Iterator[Callable
     with ExitStack() as stack:
 
         def opened(url: str | None = None, **options: Any) -> Connection:
+            # A stream's limit is reserved on the disk, and a module has many namespaces.
+            options.setdefault("dead_letter_max_bytes", 1024**2)
             base = url if url is not None else shared_nats_server.broker_url
             made = Connection(f"{base}/{namespace}", transport_options=options)
             return stack.enter_context(made)
