@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -38,7 +39,8 @@ class BadCard(Exception):
 
 
 def make_ext_app(**config: Any) -> Celery:
-    app = make_app(**{**SETTINGS, **config})
+    of_the_environment = json.loads(os.environ.get("APP_SETTINGS", "{}"))
+    app = make_app(**{**SETTINGS, **of_the_environment, **config})
     _add_tasks(app)
     return app
 
