@@ -21,6 +21,7 @@ from celery.platforms import EX_FAILURE, EX_UNAVAILABLE
 
 from .cli_common import (
     command,
+    complain,
     count_of,
     dry_run_option,
     duration,
@@ -98,7 +99,7 @@ def status(
             try:
                 look()
             except ConnectionLost as exc:
-                ctx.obj.error(str(exc), fg="red")
+                complain(ctx, str(exc))
             time.sleep(max(0.2, interval - (time.monotonic() - began)))
     except KeyboardInterrupt:
         return
@@ -168,7 +169,7 @@ def health(ctx: click.Context, as_json: bool, timeout: float) -> None:
         if found.reason:
             remark(ctx, found.reason)
     else:
-        ctx.obj.error(f"unhealthy: {found.reason}", fg="red")
+        complain(ctx, f"unhealthy: {found.reason}")
     if not found.healthy:
         ctx.exit(EX_UNAVAILABLE)
 
@@ -342,7 +343,7 @@ def server(
         binary=nats_server,
         verbose=verbose,
         say=ctx.obj.echo,
-        complain=lambda text: ctx.obj.error(f"Error: {text}", fg="red"),
+        complain=lambda text: complain(ctx, f"Error: {text}"),
     )
     ctx.exit(code)
 
@@ -359,6 +360,6 @@ def exporter(ctx: click.Context, port: int, host: str, timeout: float) -> None:
     try:
         from .metrics import serve
     except ImportError as exc:
-        ctx.obj.error(f"Error: {exc}; pip install 'kombu-jetstream[metrics]'", fg="red")
+        complain(ctx, f"Error: {exc}; pip install 'kombu-jetstream[metrics]'")
         ctx.exit(EX_FAILURE)
     serve(ctx.obj.app, host, port, timeout=timeout, say=lambda text: remark(ctx, text))

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "TABLE_LIMIT",
     "command",
+    "complain",
     "confirm",
     "count_of",
     "dry_run_option",
@@ -55,7 +56,7 @@ def command(group: click.Group, name: str | None = None) -> Callable[[F], click.
             try:
                 function(ctx, *args, **kwargs)
             except JetStreamTransportError as exc:
-                ctx.obj.error(f"Error: {exc}", fg="red")
+                complain(ctx, f"Error: {exc}")
                 if isinstance(exc, OptionsError):
                     ctx.exit(EX_USAGE)
                 unavailable = isinstance(exc, (ConnectionLost, ConnectionRejected))
@@ -136,6 +137,14 @@ def print_table(
         show(ctx.obj, columns, rows)
     else:
         remark(ctx, empty)
+
+
+def complain(ctx: click.Context, text: str) -> None:
+    """Say what went wrong, on stderr.
+
+    The style is part of the text: Celery's ``error(fg=…)`` raises with ``--no-color``.
+    """
+    ctx.obj.error(ctx.obj.style(text, fg="red"))
 
 
 def remark(ctx: click.Context, text: str) -> None:

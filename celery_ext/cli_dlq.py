@@ -14,6 +14,7 @@ from celery.platforms import EX_FAILURE
 from .cli_common import (
     TABLE_LIMIT,
     command,
+    complain,
     confirm,
     count_of,
     dry_run_option,
@@ -318,7 +319,7 @@ def _print_report(ctx: click.Context, report: Report) -> None:
     if report.expired:
         remark(ctx, f"{report.expired} of them have expired, workers will drop them")
     for letter_id, reason in report.failed:
-        ctx.obj.error(f"letter {letter_id} stays: {reason}", fg="red")
+        complain(ctx, f"letter {letter_id} stays: {reason}")
     if report.in_doubt:
         remark(
             ctx,

@@ -10,6 +10,7 @@ from celery.platforms import EX_FAILURE
 
 from .cli_common import (
     command,
+    complain,
     confirm,
     count_of,
     dry_run_option,
@@ -89,10 +90,17 @@ def compare_mirror(ctx: click.Context, reset: bool, force: bool, as_json: bool) 
             Column("queue"),
             Column("written to Redis", right=True, keep=True),
             Column("in the mirror", right=True, keep=True),
+            Column("under way", right=True),
             Column("result", keep=True),
         ]
         rows = [
-            [each.queue, each.written, each.mirrored, "same" if each.is_same else "differs"]
+            [
+                each.queue,
+                each.written,
+                each.mirrored,
+                each.under_way,
+                "same" if each.is_same else "differs",
+            ]
             for each in found
         ]
         print_table(ctx, columns, rows, "nothing was written with migration_phase 'dual-write'")
@@ -175,12 +183,10 @@ def _print_report(ctx: click.Context, report: Any) -> None:
     if report.known:
         ctx.obj.echo(f"{count_of(report.known, 'message')} of them an earlier drain had written")
     if report.in_doubt:
-        ctx.obj.error(
+        complain(
+            ctx,
             f"{count_of(report.in_doubt, 'message')} of an earlier drain may be in JetStream or "
             "not, and stay where they are; decide with --in-doubt",
-            fg="yellow",
         )
     if report.malformed:
-        ctx.obj.error(
-            f"{count_of(report.malformed, 'message')} cannot be read and stay in Redis", fg="red"
-        )
+        complain(ctx, f"{count_of(report.malformed, 'message')} cannot be read and stay in Redis")

@@ -12,6 +12,7 @@ from celery.platforms import EX_FAILURE
 from .cli_common import (
     TABLE_LIMIT,
     command,
+    complain,
     confirm,
     count_of,
     dry_run_option,
@@ -312,6 +313,6 @@ def cancel_scheduled(
     ctx.obj.echo(f"cancelled {count_of(sum(removed.values()), 'task')}")
     missing = [name for name, number in removed.items() if not number and queue is None]
     for name in missing:
-        ctx.obj.error(f"task {name} does not wait in the server", fg="red")
+        complain(ctx, f"task {name} does not wait in the server")
     if missing:
         ctx.exit(EX_FAILURE)

@@ -309,7 +309,7 @@ class KilledAfterClaim(Replay):
                 raise Killed
             return await publish(subject, *rest)
 
-        self._broker.publish = claim_only  # type: ignore[method-assign]
+        self._broker.publish = claim_only  # type: ignore[method-assign,assignment]
         return await super().run(*args, **kwargs)
 
 
@@ -475,6 +475,9 @@ def test_ten_thousand_letters_with_a_command_killed_again_and_again_each_once(
 ) -> None:
     task_ids = bury(app, 10_000)
 
+    def wait_for(process: subprocess.Popen[bytes], letters: int) -> None:
+        eventually(lambda: remaining() < letters or process.poll() is not None, 60.0)
+
     def remaining() -> int:
         return run(app, lambda broker: DeadLetters(broker).counts()).get("celery", 0)
 
@@ -487,9 +490,7 @@ def test_ten_thousand_letters_with_a_command_killed_again_and_again_each_once(
         )
         try:
             # Killed at any step: what it has done by then is never the same.
-            eventually(
-                lambda p=process, n=left: remaining() < n - 1000 or p.poll() is not None, 60.0
-            )
+            wait_for(process, left - 1000)
             if process.poll() is None:
                 os.kill(process.pid, signal.SIGKILL)
                 kills += 1
