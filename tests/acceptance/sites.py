@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import celery
+from kombu import pools
 
 from tests.acceptance.app import make_app
 from tests.servers import CeleryWorker, Ledger, app_env, eventually, file_backend_url, python_env
@@ -35,9 +38,10 @@ class Site:
     ) -> None:
         self.folder = folder
         self.broker_url = broker_url
-        self.config = config
         self.results = folder / "results"
         self.results.mkdir()
+        self.result_backend = config.pop("result_backend", file_backend_url(self.results))
+        self.config = config
         self.ledger = Ledger(folder / "ledger")
         self._stack = ExitStack()
         self._make_app = make_app
@@ -63,11 +67,15 @@ class Site:
 
     @contextmanager
     def new_client(self, broker_url: str | None = None, **config: Any) -> Iterator[celery.Celery]:
-        """A producer of its own, closed at the end of the block."""
+        """A producer of its own, closed at the end of the block.
+
+        kombu shares connections between apps of one process by URL and options: use no other
+        producer with the same ones in the block.
+        """
         app = self._make_app(
             **{
                 "broker_url": broker_url if broker_url is not None else self.broker_url,
-                "result_backend": file_backend_url(self.results),
+                "result_backend": self.result_backend,
                 **self.config,
                 **config,
             }
@@ -76,6 +84,10 @@ class Site:
             yield app
         finally:
             app.pool.force_close_all()
+            # kombu gives the next client with these settings the same pool.
+            with app.connection_for_write() as connection, suppress(KeyError):
+                del pools.producers[connection]
+                del pools.connections[connection]
             app.close()
 
     def worker(
@@ -92,8 +104,7 @@ class Site:
             config=config,
             ledger=self.ledger.path,
             results=self.results,
-            # Tests in a container run as root, and some take pickle.
-            env={"C_FORCE_ROOT": "1", **options.pop("env", {})},
+            env={**self._env, **options.pop("env", {})},
             **options,
         )
         self._stack.callback(worker.kill9)
@@ -101,14 +112,13 @@ class Site:
 
     def env(self) -> dict[str, str]:
         """Environment for ``celery -A tests.acceptance.app …``."""
-        return python_env(
-            app_env(
-                self.broker_url,
-                ledger=self.ledger.path,
-                results=self.results,
-                config=self.config,
-            )
-        )
+        env = app_env(self.broker_url, ledger=self.ledger.path, config=self.config)
+        return python_env({**env, **self._env})
+
+    @property
+    def _env(self) -> dict[str, str]:
+        # Tests in a container run as root, and some take pickle.
+        return {"RESULT_BACKEND": self.result_backend, "C_FORCE_ROOT": "1"}
 
     def send(self, task_name: str, count: int, *args: Any, **options: Any) -> list[str]:
         """Publish *count* tasks and return their ids."""
@@ -154,6 +164,26 @@ class Site:
             found = [line[:200] for line in log.read_text().splitlines() if task_id in line]
             lines += [f"{log.name}: {line}" for line in found]
         return "\n".join(lines) or "nothing"
+
+
+def celery_command(*args: str, app: str = "tests.acceptance.app") -> list[str]:
+    """The command ``celery -A app …`` of this interpreter."""
+    return [sys.executable, "-m", "celery", "-A", app, *args]
+
+
+def run_celery(
+    env: dict[str, str], *args: str, app: str = "tests.acceptance.app", **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run ``celery -A app …`` to its end and return the process with its output as text."""
+    return subprocess.run(
+        celery_command(*args, app=app),
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+        **options,
+    )
 
 
 def start_all(workers: Iterable[CeleryWorker]) -> None:

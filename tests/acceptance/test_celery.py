@@ -6,16 +6,15 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from celery import chain, chord, group
 
 from kombu_jetstream.server import NatsServer
 from tests.acceptance.routed_app import make_routed_app
-from tests.acceptance.sites import Site, start_all
+from tests.acceptance.sites import Site, run_celery, start_all
 from tests.servers import CeleryWorker, RedisServer, eventually, python_env
 
 pytestmark = pytest.mark.nats29
@@ -31,19 +30,6 @@ def greet(name):
 """
 
 
-def celery(env: dict[str, str], *args: str, app: str = "tests.acceptance.app", **options: Any):
-    """Run ``celery -A app …`` to its end and return the process with its output as text."""
-    return subprocess.run(
-        [sys.executable, "-m", "celery", "-A", app, *args],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-        **options,
-    )
-
-
 @pytest.fixture(scope="module")
 def site(shared_nats_server: NatsServer, make_site: Callable[..., Site]) -> Site:
     serializers = ["json", "pickle", "msgpack", "yaml"]
@@ -57,7 +43,7 @@ def site(shared_nats_server: NatsServer, make_site: Callable[..., Site]) -> Site
 
 
 @pytest.fixture(scope="module")
-def worker(site: Site) -> Iterator[CeleryWorker]:
+def worker(site: Site) -> CeleryWorker:
     """One worker for the tests that need nothing special of it."""
     worker = site.worker("shared")
     start_all([worker])
@@ -74,7 +60,7 @@ def test_project_that_sets_nothing_but_its_broker_url(
     env = python_env()
 
     with worker:
-        called = celery(
+        called = run_celery(
             env, "call", "project.greet", "--args", '["world"]', app="project", cwd=folder
         )
         assert called.returncode == 0, called.stderr
@@ -149,19 +135,18 @@ class TestCanvas:
             for _ in range(7):
                 client.tasks["noop"].delay()
 
-            purged = celery(env, "purge", "-f")
+            purged = run_celery(env, "purge", "-f")
 
             assert purged.returncode == 0, purged.stderr
             assert "Purged 7 messages from 1 known task queue" in purged.stdout
-            assert "No messages purged" in celery(env, "purge", "-f").stdout
+            assert "No messages purged" in run_celery(env, "purge", "-f").stdout
 
 
 def test_results_over_rpc(shared_nats_server: NatsServer, make_site: Callable[..., Site]) -> None:
-    env = {"RESULT_BACKEND": "rpc://"}
-    site = make_site(f"{shared_nats_server.broker_url}/rpc", "rpc")
-    start_all([site.worker("rpc", env=env)])
+    site = make_site(f"{shared_nats_server.broker_url}/rpc", "rpc", result_backend="rpc://")
+    start_all([site.worker("rpc")])
 
-    with site.new_client(result_backend="rpc://") as client:
+    with site.new_client() as client:
         add = client.tasks["add"]
         assert add.delay(1, 1).get(timeout=10, interval=0.02) == 2
         assert group(add.s(n, n) for n in range(50))().get(timeout=10, interval=0.02) == [
@@ -177,10 +162,11 @@ def test_results_over_rpc(shared_nats_server: NatsServer, make_site: Callable[..
 def test_chord_over_a_redis_result_backend(
     shared_nats_server: NatsServer, make_site: Callable[..., Site], redis_server: RedisServer
 ) -> None:
-    site = make_site(f"{shared_nats_server.broker_url}/redis", "redis")
-    start_all([site.worker("redis", env={"RESULT_BACKEND": redis_server.url})])
+    url = f"{shared_nats_server.broker_url}/redis"
+    site = make_site(url, "redis", result_backend=redis_server.url)
+    start_all([site.worker("redis")])
 
-    with site.new_client(result_backend=redis_server.url) as client:
+    with site.new_client() as client:
         add, total = client.tasks["add"], client.tasks["total"]
         result = chord([add.s(n, n) for n in range(50)])(total.s())
         assert result.get(timeout=20, interval=0.02) == 2450
