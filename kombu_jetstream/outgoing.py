@@ -201,9 +201,10 @@ class Outgoing:
             return str(properties["delivery_tag"])
         message_id = _printable(str(own))
         self._check_group(message_id, headers)
-        task = headers.get("task")
-        if isinstance(task, str) and task.startswith("celery."):
-            # Celery gives the options of a chord to its tasks and to what waits for them.
+        task = str(headers.get("task"))
+        is_body = headers.get("group") is not None and headers.get("group_index") is None
+        if is_body or task.startswith("celery."):
+            # Celery gives a chord's options to its tasks, to what waits for them and to the body.
             message_id = f"{message_id}.{task}"
         # A retry of the task and a replay carry the header along, but are not the same message.
         tries = (headers.get("retries") or 0, headers.get(REPLAYED_HEADER) or 0)
@@ -212,7 +213,7 @@ class Outgoing:
     def _check_group(self, message_id: str, headers: dict[str, Any]) -> None:
         """Refuse one id for several tasks of a group: all but the first would be lost."""
         group = headers.get("group")
-        if not group:
+        if group is None or headers.get("group_index") is None:
             return
         before, self._grouped = self._grouped, (message_id, group, headers.get("id"))
         if before is not None and before[:2] == (message_id, group) and before != self._grouped:
