@@ -19,6 +19,7 @@ import click
 from celery.bin.base import handle_preload_options
 from celery.platforms import EX_FAILURE, EX_UNAVAILABLE
 
+from . import remote
 from .cli_common import (
     command,
     complain,
@@ -48,6 +49,9 @@ def jetstream(ctx: click.Context, **kwargs: Any) -> None:
 
 for group in (dlq, migrate, queues, scheduled):
     jetstream.add_command(group)
+
+# ``celery inspect`` refuses commands it does not know, and has loaded this module by then.
+remote.register()
 
 
 @command(jetstream)
