@@ -19,7 +19,8 @@ in the configuration.
 `worker`        takes a worker's tasks over;  `requests` what happens when one has ended
 `letters`       from a failure to a dead letter (pure);  `burials` stores them
 `outcomes`      `nack` and `dead_letter`
-`stats`         counters of a worker;  `remote` what ``celery inspect`` gets
+`stats`         counters of a worker;  `remote` what ``celery inspect`` gets;  `waiting`
+                tasks that wait in the broker
 `tracing`       trace context in messages, with OpenTelemetry
 ==============  ====================================================================
 """

@@ -19,7 +19,7 @@ from celery_ext.replay import Replay
 from kombu_jetstream.server import NatsServer
 from tests.acceptance.ext_app import SETTINGS, make_ext_app
 from tests.acceptance.letters import Letterbox
-from tests.acceptance.sites import Site
+from tests.acceptance.sites import Site, run_celery
 from tests.servers import api_request, eventually
 
 pytestmark = pytest.mark.nats29
@@ -343,3 +343,14 @@ def test_the_trace_of_the_publisher_goes_on_in_the_task(site: Site, letters: Let
     with site.worker(app=APP, concurrency=1):
         assert traced.get(timeout=20, interval=0.05) == f"{trace_id:032x}"
         assert untraced.get(timeout=20, interval=0.05) == "0" * 32
+
+
+def test_the_command_line_knows_the_statistics(site: Site) -> None:
+    with site.worker(app=APP):
+        send(site, "noop").get(timeout=20, interval=0.05)
+
+        done = run_celery(site.env(), "inspect", "jetstream_stats", "--json", app=APP)
+
+    assert done.returncode == 0, done.stderr
+    (answer,) = json.loads(done.stdout.splitlines()[-1]).values()
+    assert answer["tasks"]["noop"]["celery"]["succeeded"] == 1
