@@ -6,6 +6,7 @@ be there, so a connection that fell back to Redis is an error here.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -126,7 +127,7 @@ class Migration:
             raise
 
     def compare(self) -> list[Comparison]:
-        return compare(self._session, self._lists)
+        return compare(self._session, self._lists, time.time())
 
     def reset(self) -> None:
         """Begin the comparison anew."""

@@ -183,15 +183,15 @@ class Fallback:
         message: envelope.Envelope,
         payload: bytes,
         *,
-        note: bool = False,
+        bucket: int | None = None,
     ) -> None:
-        """Append a message to the lists of *queues*; *note* it for ``migrate compare``.
+        """Append a message to the lists of *queues*; *bucket* is for ``migrate compare``.
 
         Raises `FallbackLost`, with why JetStream is away if it is.
         """
         properties = message["properties"]
         try:
-            self.lists.push(queues, payload, properties.get("priority"), note=note)
+            self.lists.push(queues, payload, properties.get("priority"), bucket=bucket)
         except FallbackLost as exc:
             away = self.failover.state is not State.JETSTREAM
             raise FallbackLost(exc.problem, self.cause if away else "") from exc

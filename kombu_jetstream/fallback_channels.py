@@ -32,6 +32,7 @@ from .errors import (
 )
 from .failover import Event
 from .message import Message
+from .migration import bucket_of, mirror
 from .outgoing import Outgoing
 from .routing import Exchange, key_subject
 
@@ -302,9 +303,12 @@ class DualOutgoing(Outgoing):
                 return heard
         properties["delivery_info"] = {"exchange": exchange, "routing_key": routing_key}
         payload = envelope.encode(message)
-        fallback.write(queues, message, payload, note=self._mirrors)
         if self._mirrors:
-            self._mirror(queues, message, payload)
+            bucket = bucket_of(time.time())
+            fallback.write(queues, message, payload, bucket=bucket)
+            self._mirror(queues, message, payload, bucket)
+        else:
+            fallback.write(queues, message, payload)
         return True
 
     def _to_transient(
@@ -321,12 +325,13 @@ class DualOutgoing(Outgoing):
         nats.publish(subject, payload)
         return True
 
-    def _mirror(self, queues: tuple[str, ...], message: envelope.Envelope, payload: bytes) -> None:
-        from .migration import mirror
-
+    def _mirror(
+        self, queues: tuple[str, ...], message: envelope.Envelope, payload: bytes, bucket: int
+    ) -> None:
+        timeout = self.options.fallback_after
         try:
             for queue in queues:
-                mirror(self._dual, queue, message, payload, self.options.fallback_after)
+                mirror(self._dual, queue, message, payload, bucket, timeout)
         except (JetStreamTransportError, OSError) as exc:
             # The message is in Redis: this is not worth failing for, `migrate compare` shows it.
             if not self._fallback.mirror_failures:

@@ -2,8 +2,9 @@
 
 *Mirror.*  With ``migration_phase`` "dual-write" every message goes to Redis, and a copy to the
 stream ``<ns>_mirror``, which nobody consumes.  Redis counts what was written, number and checksum
-by queue, in the same transaction; reading the mirror gives the same two numbers if it has the same
-messages, in whatever order.
+by queue and half-minute (`BUCKET_SECONDS`), in the same transaction; the copy says its half-minute.
+Reading the mirror gives the same numbers if it has the same messages, in whatever order; and what
+is written while it is read is in the last half-minute.
 
 *Drain.*  A message moves from its list to the hash ``_kombu_jetstream.drain`` in one step, is
 written to JetStream, and is deleted from the hash when the stream has confirmed it.  Workers leave
@@ -26,7 +27,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from kombu.utils.uuid import uuid
 from nats.js import api
@@ -59,6 +60,15 @@ logger = logging.getLogger(__name__)
 
 #: Seconds a copy stays in the mirror: comparing is a matter of days.
 MIRROR_MAX_AGE = 7 * 24 * 60 * 60.0
+
+#: Seconds of one bucket of counts.
+BUCKET_SECONDS = 30
+
+#: Seconds after the end of a bucket in which its copies may be under way.
+SETTLE_SECONDS = 15.0
+
+#: Header of a copy: its bucket.
+BUCKET_HEADER = "Mirror-Bucket"
 
 #: Seconds a mark stays: an interrupted drain is finished by then.
 MARK_TTL = 7 * 24 * 60 * 60
@@ -100,8 +110,18 @@ def mirror_subject(options: Options, queue: str) -> str:
     return f"{options.namespace}.mirror.{encode_token(queue)}"
 
 
+def bucket_of(moment: float) -> int:
+    """Return the bucket in which a message written at *moment* (seconds since the epoch) counts."""
+    return int(moment // BUCKET_SECONDS)
+
+
 def mirror(
-    session: DualSession, queue: str, message: envelope.Envelope, payload: bytes, timeout: float
+    session: DualSession,
+    queue: str,
+    message: envelope.Envelope,
+    payload: bytes,
+    bucket: int,
+    timeout: float,
 ) -> None:
     """Store a copy of a message that was written to Redis.
 
@@ -109,7 +129,7 @@ def mirror(
     """
     subject = mirror_subject(session.options, queue).encode()
     message_id = f"{message['properties']['delivery_tag']}.{encode_token(queue)}"
-    headers = encode_headers([("Nats-Msg-Id", message_id)])
+    headers = encode_headers([("Nats-Msg-Id", message_id), (BUCKET_HEADER, str(bucket))])
     if not session.mirror_is_made:
         _make_mirror(session)
         session.mirror_is_made = True
@@ -136,41 +156,69 @@ class Comparison:
     queue: str
     written: int
     mirrored: int
+    #: messages of the last moments, whose copies may be under way; not in the other two
+    under_way: int
     #: whether they are the same messages, and not only as many
     is_same: bool
 
 
-def compare(session: DualSession, lists: RedisLists) -> list[Comparison]:
-    """Compare, queue by queue, what ``dual-write`` wrote to Redis with the mirror."""
-    raw = lists.call(lambda client: client.hgetall(lists.written_key))
-    written: dict[str, list[int]] = {}
-    for name, value in raw.items():
-        kind, _, queue = name.decode().partition(":")
-        written.setdefault(queue, [0, 0])[kind == "sum"] = int(value)
-    found: dict[str, list[int]] = {}
-    for queue, payload in _mirrored(session):
-        numbers = found.setdefault(queue, [0, 0])
-        numbers[0] += 1
-        numbers[1] += checksum(payload)
+#: Number and sum of checksums, by queue and bucket.
+_Counts: TypeAlias = dict[tuple[str, int], list[int]]
+
+
+def compare(session: DualSession, lists: RedisLists, now: float) -> list[Comparison]:
+    """Compare, queue by queue, what ``dual-write`` wrote to Redis with the mirror.
+
+    What is older than the mirror keeps copies is left out, and forgotten.
+    """
+    oldest = bucket_of(now - MIRROR_MAX_AGE) + 2
+    settled = bucket_of(now - BUCKET_SECONDS - SETTLE_SECONDS)
+    written = _written(lists, oldest)
+    found: _Counts = {}
+    for queue, bucket, payload in _mirrored(session):
+        if bucket >= oldest:
+            numbers = found.setdefault((queue, bucket), [0, 0])
+            numbers[0] += 1
+            numbers[1] += checksum(payload)
+    totals: dict[str, list[int]] = {}
+    for queue, bucket in sorted(written.keys() | found.keys()):
+        ours, copies = written.get((queue, bucket), [0, 0]), found.get((queue, bucket), [0, 0])
+        total = totals.setdefault(queue, [0, 0, 0, 0])
+        if ours == copies or bucket <= settled:
+            total[0] += ours[0]
+            total[1] += copies[0]
+            total[3] += ours != copies
+        else:
+            total[2] += max(ours[0], copies[0])
     return [
-        Comparison(
-            queue,
-            written.get(queue, [0, 0])[0],
-            found.get(queue, [0, 0])[0],
-            written.get(queue) == found.get(queue),
-        )
-        for queue in sorted(written.keys() | found.keys())
+        Comparison(queue, ours, copies, under_way, not differences)
+        for queue, (ours, copies, under_way, differences) in totals.items()
     ]
 
 
-def _mirrored(session: DualSession) -> Iterator[tuple[str, bytes]]:
-    """Yield queue and payload of each message of the mirror."""
+def _written(lists: RedisLists, oldest: int) -> _Counts:
+    raw = lists.call(lambda client: client.hgetall(lists.written_key))
+    counts: _Counts = {}
+    old = []
+    for name, value in raw.items():
+        kind, bucket, queue = name.decode().split(":", 2)
+        if int(bucket) < oldest:
+            old.append(name)
+            continue
+        counts.setdefault((queue, int(bucket)), [0, 0])[kind == "sum"] = int(value)
+    if old:
+        lists.call(lambda client: client.hdel(lists.written_key, *old))
+    return counts
+
+
+def _mirrored(session: DualSession) -> Iterator[tuple[str, int, bytes]]:
+    """Yield queue, bucket and payload of each copy."""
     stream = Names(session.options.namespace).mirror_stream
     subject = session.jetstream.direct_get(stream)
-    request = {"next_by_subj": f"{session.options.namespace}.mirror.>"}
+    wanted = f"{session.options.namespace}.mirror.>"
     seq = 0
     while True:
-        body = json.dumps({"seq": seq + 1, **request}).encode()
+        body = json.dumps({"seq": seq + 1, "next_by_subj": wanted}).encode()
         try:
             msg = session.nats.request(subject, body, timeout=session.options.publish_timeout)
         except NoResponders:  # there is no mirror
@@ -179,7 +227,8 @@ def _mirrored(session: DualSession) -> Iterator[tuple[str, bytes]]:
         if headers.status:
             return
         seq = int(headers.fields["Nats-Sequence"])
-        yield decode_token(headers.fields["Nats-Subject"].split(".")[2]), msg.payload
+        queue = decode_token(headers.fields["Nats-Subject"].split(".")[2])
+        yield queue, int(headers.fields.get(BUCKET_HEADER, 0)), msg.payload
 
 
 def reset_mirror(session: DualSession, lists: RedisLists) -> None:

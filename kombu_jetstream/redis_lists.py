@@ -14,7 +14,7 @@ What a worker took and did not settle is in a hash of its own, until it settles 
 ``_kombu_jetstream.workers``           the workers that may hold something
 ``_kombu_jetstream.attempts``          SHA-1 of a message that came back, and how often
 ``_kombu_jetstream.letters``           dead letters that wait for JetStream
-``_kombu_jetstream.written``           by queue, number and checksum of what ``dual-write`` wrote
+``_kombu_jetstream.written``           numbers and checksums of what ``dual-write`` wrote
 =====================================  =======================================================
 
 A hash, and not a list filled by BLMOVE: its field says which list a message came from, an ack
@@ -236,14 +236,16 @@ class RedisLists:
         """Return the keys of a queue's lists, the most urgent first."""
         return [self.key(list_name(queue, step)) for step in steps(self.options)]
 
-    def push(self, queues: Iterable[str], payload: bytes, priority: Any, *, note: bool) -> None:
-        """Append a message to each of *queues*; *note* it for ``migrate compare``.
+    def push(
+        self, queues: Iterable[str], payload: bytes, priority: Any, *, bucket: int | None = None
+    ) -> None:
+        """Append a message to each of *queues*; with a *bucket*, count it there.
 
         Raises `FallbackLost` if Redis did not confirm it.
         """
         step = step_of(priority)
         keys = [(queue, self.key(list_name(queue, step))) for queue in queues]
-        if len(keys) == 1 and not note:
+        if len(keys) == 1 and bucket is None:
             self.call(lambda client: client.lpush(keys[0][1], payload))
             return
 
@@ -251,9 +253,9 @@ class RedisLists:
             with client.pipeline(transaction=True) as pipe:
                 for queue, key in keys:
                     pipe.lpush(key, payload)
-                    if note:
-                        pipe.hincrby(self.written_key, f"count:{queue}", 1)
-                        pipe.hincrby(self.written_key, f"sum:{queue}", checksum(payload))
+                    if bucket is not None:
+                        pipe.hincrby(self.written_key, f"count:{bucket}:{queue}", 1)
+                        pipe.hincrby(self.written_key, f"sum:{bucket}:{queue}", checksum(payload))
                 pipe.execute()
 
         self.call(write)

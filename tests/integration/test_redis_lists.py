@@ -100,7 +100,7 @@ def take(lists: RedisLists) -> Iterator[Any]:
 
 def push(lists: RedisLists, queue: str, *payloads: bytes, priority: int = 0) -> None:
     for payload in payloads:
-        lists.push([queue], payload, priority, note=False)
+        lists.push([queue], payload, priority)
 
 
 # Reading
@@ -458,7 +458,7 @@ def test_error_names_redis_and_no_password(redis_server: RedisServer) -> None:
     lists = RedisLists(Options(fallback_url=f"redis://ann:geheim@127.0.0.1:{port}/0"))
 
     with pytest.raises(FallbackLost, match=r"the fallback Redis cannot be reached .*refused") as e:
-        lists.push(["q"], b"x", 0, note=False)
+        lists.push(["q"], b"x", 0)
 
     assert "geheim" not in str(e.value)
     lists.close()
