@@ -204,9 +204,12 @@ async def _streams(broker: Broker, needed: Declared) -> list[Finding]:
     found = []
     verb = "celery jetstream provision"
     changes = await plan(broker, needed)
+    later = broker.options.provision == "auto"
     missing = [change.what for change in changes if change.action == "create"]
+    if later:
+        # Those of events and remote control come with the first event or command, if ever.
+        missing = [what for what in missing if not what.startswith("exchange ")]
     if missing:
-        later = broker.options.provision == "auto"
         remedy = f"start a worker, or run `{verb}`" if later else f"run `{verb}`"
         severity: Severity = "warning" if later else "error"
         found.append(Finding("streams", severity, f"missing: {_listed(missing)}", remedy))
