@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from .connection import NatsConnection
 from .errors import (
+    ChannelFailed,
     ConnectionLost,
     JetStreamTransportError,
     NoResponders,
@@ -34,6 +36,13 @@ FIRST_WAIT = 2.0
 #: Seconds between tries while a stream has no leader: it answers "no responders" at once, and a
 #: tight loop would only load the server (facts 11).
 RETRY_DELAYS = (0.05, 0.1, 0.2, 0.4, 0.5)
+
+#: Tries without a leader after which the stream is looked for: one that does not exist will not
+#: get a leader.
+TRIES_BEFORE_CHECK = (1, 5)
+
+#: Seconds between looks at what became of pipelined messages, while more are published.
+LOOK_INTERVAL = 0.05
 
 #: The cluster is electing a leader: worth another try.
 CLUSTER_NOT_AVAILABLE = 10008
@@ -85,6 +94,7 @@ class Publisher:
         self._missing = missing
         self.unconfirmed: dict[int, Unconfirmed] = {}
         self._next = 0
+        self._look_at = 0.0
         self._failures: list[JetStreamTransportError] = []
 
     def publish(
@@ -121,7 +131,7 @@ class Publisher:
             tries += 1
 
     def _pause(self, subject: bytes, tries: int, deadline: float) -> None:
-        if tries in (0, 4):  # a stream that does not exist will not get a leader
+        if tries + 1 in TRIES_BEFORE_CHECK:
             missing = self._missing(subject)
             if missing is not None:
                 raise missing
@@ -139,6 +149,11 @@ class Publisher:
         Waits only while ``publish_window`` messages are unconfirmed.  An earlier message that
         failed for good raises here, or in `flush`.
         """
+        now = time.monotonic()
+        if now >= self._look_at:
+            self._look_at = now + LOOK_INTERVAL
+            self.connection.read_available()
+            self.retry(now)
         self.raise_failures()
         timeout = timeout if timeout is not None else self.options.publish_timeout
         window = self.options.publish_window
@@ -146,7 +161,7 @@ class Publisher:
             half = window // 2
             self._settle(lambda: len(self.unconfirmed) <= half)
             self.raise_failures()
-        now = time.monotonic()
+            now = time.monotonic()
         self._send(Unconfirmed(subject, payload, headers, now, now + timeout))
 
     def _send(self, message: Unconfirmed) -> None:
@@ -204,7 +219,10 @@ class Publisher:
             self.connection.wait(done, 0.25)
 
     def retry(self, now: float) -> None:
-        """Send again what was refused for want of a leader or got no answer."""
+        """Send again what was refused for want of a leader or got no answer.
+
+        Raises what a missing stream means; the messages wait for the next connection then.
+        """
         for key, message in list(self.unconfirmed.items()):
             if now > message.deadline:
                 del self.unconfirmed[key]
@@ -214,6 +232,11 @@ class Publisher:
             elif (message.retry_at and now >= message.retry_at) or (
                 not message.retry_at and now - message.sent_at > FIRST_WAIT
             ):
+                if message.tries in TRIES_BEFORE_CHECK:
+                    message.tries += 1
+                    missing = self._missing(message.subject)
+                    if missing is not None:
+                        raise missing
                 del self.unconfirmed[key]
                 self.connection.cancel(message.token)
                 message.retry_at, message.sent_at = 0.0, now
@@ -228,7 +251,17 @@ class Publisher:
     def resend(self, messages: list[Unconfirmed]) -> None:
         """Send what an earlier connection left unconfirmed, under the same message ids."""
         now = time.monotonic()
-        for message in messages:
-            message.sent_at, message.retry_at = now, 0.0
-            message.deadline = now + self.options.publish_timeout
-            self._send(message)
+        waiting = deque(messages)
+        try:
+            while waiting:
+                message = waiting.popleft()
+                message.sent_at, message.retry_at, message.tries = now, 0.0, 0
+                message.deadline = now + self.options.publish_timeout
+                try:
+                    self._send(message)
+                except ChannelFailed as exc:  # this server takes less in one message
+                    self._failures.append(exc)
+        finally:
+            for message in waiting:  # the connection is lost again
+                self._next += 1
+                self.unconfirmed[self._next] = message

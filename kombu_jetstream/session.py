@@ -27,7 +27,6 @@ from .errors import (
     ConnectionLost,
     JetStreamTransportError,
     JetStreamUnavailable,
-    NoResponders,
     NoServers,
     QueueMissing,
 )
@@ -134,7 +133,11 @@ class Session:
             raise
         self.ledger.attach(self.jetstream)
         if options.publish_confirms == "pipelined":
-            self.publisher.resend(self.ledger.take_unconfirmed())
+            try:
+                self.publisher.resend(self.ledger.take_unconfirmed())
+            except BaseException:
+                self.abandon()  # the next one sends them
+                raise
         _close_at_exit(self)
 
     def _new_publisher(self) -> Publisher:
@@ -430,7 +433,7 @@ class Session:
                 told.clear()
                 logger.info("dead letters are stored again")
             return
-        self._streams_missing = isinstance(failure, NoResponders)
+        self._streams_missing = isinstance(failure, ConnectionLost)
         if str(failure) not in told:
             told.add(str(failure))
             logger.error(

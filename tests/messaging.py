@@ -59,6 +59,10 @@ class Received(Consumer):
         if self._acks:
             message.ack()
 
+    def has(self, count: int) -> bool:
+        """Tell whether *count* messages came in all."""
+        return len(self.bodies) >= count
+
     def wait(self, count: int, within: float = 5.0) -> list[Any]:
         """Handle events until *count* messages came in all, and return their bodies."""
         drain(self._client, lambda: len(self.bodies) >= count, within)

@@ -6,12 +6,14 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 from kombu.asynchronous import Hub
 from kombu.connection import Connection
 from kombu.entity import Exchange, Queue
+from kombu.message import Message
 from kombu.mixins import ConsumerMixin
 
 from kombu_jetstream.errors import (
@@ -378,7 +380,11 @@ def test_a_cancelled_consumer_hands_back_what_nobody_has_seen(
 
     received.cancel()
 
-    eventually(lambda: given_back.extend(take_all(other, work)) or len(given_back) == 7, within=2)
+    def is_all_back() -> bool:
+        given_back.extend(take_all(other, work))
+        return len(given_back) == 7
+
+    eventually(is_all_back, within=2)
     assert sorted(given_back) == list(range(3, 10))
     received.messages[0].requeue()
     eventually(lambda: take_all(other, work) == [0], within=2)
@@ -777,7 +783,7 @@ def test_an_event_loop_goes_on_when_the_last_pull_ends_during_a_request(
     channel = connection.channel()
 
     for done in range(1, 31):
-        run_hub(hub, lambda done=done: len(received) >= done)
+        run_hub(hub, partial(received.has, done))
         received.messages[-1].ack()
         for _ in range(5):
             channel.queue_declare("q1", passive=True)
@@ -958,12 +964,16 @@ def test_every_message_is_handed_out_once_among_threads(connect: Connect, work: 
     got: queues.Queue[int] = queues.Queue()
     stop = threading.Event()
 
+    def take(body: int, message: Message) -> None:
+        got.put(body)
+        message.ack()
+
     def consume() -> None:
         connection = connect()
         with connection.Consumer(
             [work],
             connection.channel(),
-            callbacks=[lambda body, message: (got.put(body), message.ack())],
+            callbacks=[take],
             prefetch_count=7,
         ):
             while not stop.is_set():
