@@ -125,10 +125,10 @@ class NatsConnection:
         self.max_payload = self.info.max_payload
         self._inbox = f"{settings.inbox_prefix}.{os.urandom(11).hex()}".encode()
         self._reset()
-        _connections.add(self)
 
     def _reset(self) -> None:
         """Begin from nothing, as for each server that is tried."""
+        _connections.add(self)
         self._make_locks()
         self._sock: socket.socket | None = None
         self._failure: ConnectionLost | ConnectionRejected | None = None
@@ -816,7 +816,6 @@ class NatsConnection:
         know it, and must not find another file there.  TLS says no farewell, it would be the
         parent's.
         """
-        self._make_locks()  # another thread of the parent may have held them
         if self._failure is None:
             self._failure = ConnectionLost(
                 f"it was made by process {self.pid}, a forked one needs its own"
@@ -825,6 +824,7 @@ class NatsConnection:
                 null = os.open(os.devnull, os.O_RDWR)
                 os.dup2(null, self._sock.detach(), inheritable=False)
                 os.close(null)
+        self.pid = os.getpid()
 
 
 #: The connections of this process, for its children.  It keeps none alive.
@@ -835,6 +835,7 @@ def _leave_all_to_parent() -> None:
     # At once and not at the first use: while any child holds the socket, the server takes a dead
     # parent for alive, and goes on giving it messages.
     for connection in list(_connections):
+        connection._make_locks()  # another thread of the parent may have held them
         connection._leave_to_parent()
     _connections.clear()
 

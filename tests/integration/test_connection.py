@@ -6,8 +6,10 @@ import json
 import os
 import signal
 import socket
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -28,7 +30,14 @@ from kombu_jetstream.errors import (
 from kombu_jetstream.protocol import Msg, encode_headers, encode_pub, parse_headers, status_code
 from kombu_jetstream.server import NatsServer
 from tests.proxy import TcpProxy
-from tests.servers import NatsCluster, api_request, eventually, free_port, run_nats_server
+from tests.servers import (
+    NatsCluster,
+    api_request,
+    eventually,
+    free_port,
+    run_nats_server,
+    run_python,
+)
 
 pytestmark = pytest.mark.nats29
 
@@ -106,7 +115,10 @@ def run_in_child(work: Callable[[], None]) -> None:
         try:
             work()
             code = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
+            sys.stderr.flush()
             os._exit(code)
     _, status = os.waitpid(pid, 0)
     assert os.waitstatus_to_exitcode(status) == 0
@@ -1083,26 +1095,40 @@ def test_child_connects_anew_and_the_parent_goes_on(connect: Connect) -> None:
     assert got == [b"child", b"parent"]
 
 
-@forks
-def test_child_holds_nothing_of_a_closed_connection(nats_server: NatsServer) -> None:
-    connection = NatsConnection(settings_of(nats_server.port))
-    connection.connect()
-    connection.subscribe(b"mine", print)
-    connection.round_trip(2)
-    watcher = NatsConnection(settings_of(nats_server.port))
-    watcher.connect()
-    release, hold = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        os.close(hold)
-        os.read(release, 1)
-        os._exit(0)
+WITH_A_CHILD = """
+import os, sys
+from kombu_jetstream.connection import *
 
-    connection.close()
+connection = NatsConnection(ConnectionSettings(servers=(Server("127.0.0.1", int(sys.argv[1])),)))
+connection.connect()
+connection.subscribe(b"mine", print)
+connection.round_trip(5)
+ready, tell = os.pipe()
+child = os.fork()
+if child == 0:
+    os.close(1)
+    os.close(2)
+    os.write(tell, b"x")
+    import signal
+    signal.alarm(30)
+    signal.pause()
+os.read(ready, 1)
+print(child, flush=True)
+os.kill(os.getpid(), 9)
+"""
 
-    def has_no_listener() -> bool:
+
+def test_child_does_not_keep_a_dead_parents_connection_open(
+    connect: Connect, shared_nats_server: NatsServer
+) -> None:
+    watcher = connect()
+
+    ran = run_python(WITH_A_CHILD, args=[str(shared_nats_server.port)])
+    child = int(ran.stdout)
+
+    def nobody_listens() -> bool:
         try:
-            watcher.request(b"mine", timeout=0.2)
+            watcher.request(b"mine", timeout=0.1)
         except NoResponders:
             return True
         except RequestTimeout:
@@ -1110,33 +1136,42 @@ def test_child_holds_nothing_of_a_closed_connection(nats_server: NatsServer) -> 
         return False
 
     try:
-        eventually(has_no_listener, 3, what="the server noticed the close")
+        eventually(nobody_listens, 3, what="the server noticed the death")
+        os.kill(child, 0)
     finally:
-        os.write(hold, b"x")
-        os.waitpid(pid, 0)
-        os.close(release)
-        os.close(hold)
-        watcher.close()
+        os.kill(child, signal.SIGKILL)
 
 
 @forks
-def test_child_of_a_process_whose_threads_hold_the_locks_does_not_hang(connect: Connect) -> None:
+def test_child_does_not_hang_on_the_locks_of_other_threads(connect: Connect) -> None:
     connection = connect()
-    with connection._lock:
-        stuck = threading.Thread(target=connection.wait, args=(lambda: False, 0.5))
-        stuck.start()
+    held, release = threading.Event(), threading.Event()
 
-        def child() -> None:
-            signal.alarm(5)
-            with pytest.raises(ConnectionLost):
-                connection.publish(b"a", b"")
-            own = NatsConnection(connection.settings)
-            own.connect()
-            own.round_trip(2)
+    def hold() -> None:
+        with connection._lock, connection._reader:
+            held.set()
+            release.wait(10)
 
-        run_in_child(child)
-    stuck.join()
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait(5)
 
+    def child() -> None:
+        signal.alarm(5)
+        for use in (
+            lambda: connection.publish(b"a", b""),
+            lambda: connection.wait(lambda: False, 1),
+            connection.read_available,
+        ):
+            with pytest.raises(ConnectionLost, match="a forked one needs its own"):
+                use()
+        own = NatsConnection(connection.settings)
+        own.connect()
+        own.round_trip(2)
+
+    run_in_child(child)
+    release.set()
+    thread.join()
     connection.round_trip(2)
 
 

@@ -438,6 +438,18 @@ def test_request_without_permission_for_its_inbox_fails_at_once(
     connection.round_trip(2)
 
 
+def test_callbacks_are_told_that_there_is_no_inbox(login: Login, server: NatsServer) -> None:
+    connection = login(server, user="no-inbox", password="pw")
+    answers: list[Msg | PermissionDenied] = []
+    for _ in range(3):
+        connection.request_nowait(b"Tasks.x", b"", b"", answers.append)
+
+    with pytest.raises(PermissionDenied):
+        connection.request(b"Tasks.x", timeout=5)
+
+    assert [type(answer) for answer in answers] == [PermissionDenied] * 3
+
+
 def test_inbox_of_ones_own_can_be_allowed(login: Login, server: NatsServer) -> None:
     connection = login(server, {"inbox_prefix": "Tasks.inbox"}, user="no-inbox", password="pw")
     connection.subscribe(b"Tasks.echo", lambda msg: connection.publish(msg.reply, msg.payload))

@@ -7,6 +7,7 @@ coverage, which has locks of its own.
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -63,7 +64,7 @@ def expire():
 
 subscriber = connect()
 body = b"x" * 3000
-said = {"limits": 0, "whole": 0, "other": 0, "reasons": []}
+said = {"limits": 0, "tries": 0, "whole": 0, "other": 0, "reasons": []}
 
 def count(msg):
     said["whole" if msg.payload == body else "other"] += 1
@@ -75,6 +76,7 @@ for _ in range(300):
     try:
         interrupt(expire)
         while True:
+            said["tries"] += 1
             connection.publish(b"limits", body)
     except SoftTimeLimit:
         said["limits"] += 1
@@ -88,7 +90,7 @@ print(json.dumps(said))
 """
 
 
-def said_by(program: str, server: NatsServer) -> dict[str, object]:
+def said_by(program: str, server: NatsServer) -> dict[str, Any]:
     ran = run_python(PREAMBLE + program, args=[str(server.port)])
     assert ran.returncode == 0, ran.stderr
     return dict(json.loads(ran.stdout))
@@ -102,14 +104,12 @@ def test_signal_handler_may_publish(shared_nats_server: NatsServer) -> None:
     assert said["main"] == list(range(20_000))
 
 
-def test_exception_of_a_signal_handler_never_garbles_what_is_sent(
+def test_exception_of_a_signal_handler_never_garbles_or_repeats_what_is_sent(
     shared_nats_server: NatsServer,
 ) -> None:
     said = said_by(RAISING, shared_nats_server)
 
     assert said["limits"] == 300
-    assert said["whole"]
+    assert 0 < said["whole"] <= said["tries"]
     assert said["other"] == 0
-    reasons = said["reasons"]
-    assert isinstance(reasons, list)
-    assert [reason for reason in reasons if "interrupted while" not in reason] == []
+    assert [reason for reason in said["reasons"] if "interrupted while" not in reason] == []
