@@ -57,17 +57,20 @@ class LedgerTask(Task):
 def make_app(**config: Any) -> Celery:
     """A new app with the settings of the environment and then *config*, and the tasks."""
     app = Celery("acceptance", task_cls=LedgerTask, set_as_current=False)
-    app.conf.update(
-        broker_url=os.environ.get("BROKER_URL", "jetstream://127.0.0.1:4222"),
-        result_backend=os.environ.get("RESULT_BACKEND"),
-        broker_connection_retry_on_startup=True,
-        worker_hijack_root_logger=True,
+    settings = {
+        "broker_url": os.environ.get("BROKER_URL", "jetstream://127.0.0.1:4222"),
+        "result_backend": os.environ.get("RESULT_BACKEND"),
+        "broker_connection_retry_on_startup": True,
+        "worker_hijack_root_logger": True,
         # Tests wait for reconnects; Celery's own 2, 4, 6 seconds would add up.
-        broker_connection_timeout=2.0,
-        task_publish_retry_policy={"max_retries": 3, "interval_start": 0.1, "interval_step": 0.2},
-        **json.loads(os.environ.get("APP_SETTINGS", "{}")),
-    )
-    app.conf.update(config)
+        "broker_connection_timeout": 2.0,
+        "task_publish_retry_policy": {
+            "max_retries": 3,
+            "interval_start": 0.1,
+            "interval_step": 0.2,
+        },
+    }
+    app.conf.update({**settings, **json.loads(os.environ.get("APP_SETTINGS", "{}")), **config})
     _add_tasks(app)
     return app
 
