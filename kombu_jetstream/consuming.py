@@ -381,6 +381,7 @@ class Consuming(Settling):
         if record is None or jetstream.counts(queue, auto_delete=auto_delete) is None:
             raise ConsumerGone(queue)
         if self._session.options.provision == "auto":
+            jetstream.provision(again=True)  # its stream may be what is missing
             jetstream.ensure_queue(
                 queue, auto_delete=auto_delete, inactive_after=record.inactive_after
             )
