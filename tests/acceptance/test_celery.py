@@ -45,7 +45,7 @@ def site(shared_nats_server: NatsServer, make_site: Callable[..., Site]) -> Site
 @pytest.fixture(scope="module")
 def worker(site: Site) -> CeleryWorker:
     """One worker for the tests that need nothing special of it."""
-    worker = site.worker("shared")
+    worker = site.worker("shared", mingle=True)
     start_all([worker])
     return worker
 

@@ -32,7 +32,7 @@ QUEUES = [f"idle {n}" for n in range(5)]
 LEVELS = 3
 
 #: A worker that says nothing by itself: Celery's heartbeats and gossip are tasks' events, too.
-QUIET = ["--without-heartbeat", "--without-gossip", "--without-mingle"]
+QUIET = ["--without-heartbeat", "--without-gossip"]
 
 
 #: Asks all workers for a sign of life, and for results over ``rpc://``.
