@@ -516,7 +516,7 @@ class JetStream:
             self.connection.publish(delivery.token, payload)
         except ConnectionLost:
             if outcome != "progress":
-                self.ledger.forward(delivery.token, payload)
+                self.ledger.forward(self, delivery.token, payload)
         else:
             if outcome == "ack":
                 self.ledger.note_ack(self, delivery.token)
@@ -525,7 +525,7 @@ class JetStream:
         try:
             self.connection.request(token, payload, timeout=API_TIMEOUT)
         except (ConnectionLost, NoResponders):
-            self.ledger.forward(token, payload)
+            self.ledger.forward(self, token, payload)
 
     def dead_letter(
         self,

@@ -178,18 +178,21 @@ class Ledger:
         """Remember an acknowledgement that *link* took, but may not have carried."""
         self._acks.append((time.monotonic(), id(link), token))
 
-    def forward(self, token: bytes, payload: bytes) -> None:
-        """Send an outcome through a later connection than the one that was just lost.
+    def forward(self, link: JetStream, token: bytes, payload: bytes) -> None:
+        """Send an outcome that *link* did not take through a later connection.
 
-        Not through one from before: whatever broke this one may have broken them, too, and they
-        take a message before they notice.
+        If the loss of *link* is news, not through one from before: whatever broke this one may
+        have broken them, too, and they take a message before they notice.
         """
         with self._lock:
-            self.lost_at = time.monotonic()
+            is_news = any(ref() is link for _, ref in self._links)
+            if is_news and not link.connection.is_open:
+                self.lost_at = time.monotonic()
             self._orphans.pop(token, None)
             self._unsent.append((token, payload))
             if payload == b"+ACK":
                 self._note_across(token)
+        self._flush()
 
     def _note_across(self, token: bytes) -> None:
         """Remember an acknowledgement whose connection was lost before it; the lock is held."""
@@ -351,16 +354,25 @@ class Ledger:
         for holder in list(self._holders):
             for delivery in holder.deliveries():
                 if not delivery.settled and message_of(delivery.token) == message:
+                    if self._moves_on(delivery):
+                        return False
                     delivery.token = token
                     return True
         with self._lock:
             for known, delivery in list(self._orphans.items()):
                 if not delivery.settled and message_of(known) == message:
+                    if self._moves_on(delivery):
+                        return False
                     del self._orphans[known]
                     delivery.token = token
                     self._orphans[token] = delivery
                     return True
         return False
+
+    def _moves_on(self, delivery: Delivery) -> bool:
+        """Tell whether a delivery was held for so long that its message is for somebody else."""
+        limit = self.options.lease_limit
+        return limit is not None and time.monotonic() - delivery.received_at >= limit
 
     def _serve_idle(self, now: float) -> None:
         """Answer the PINGs of connections whose owner is busy or idle."""

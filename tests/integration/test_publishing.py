@@ -151,60 +151,6 @@ def test_a_program_that_just_ends_has_published_what_it_pipelined(
     assert take_all(connect(), WORK) == list(range(150))
 
 
-# Message ids
-
-
-def test_a_dedup_id_is_published_once_within_its_window(connect: Connect) -> None:
-    connection = connect()
-    declare(connection, WORK)
-
-    for body in (1, 2):
-        send(connection, body, to=WORK, headers={"dedup_id": "invoice-17"})
-    send(connection, 3, to=WORK, headers={"dedup_id": "invoice-18"})
-    with connect() as later:
-        send(later, 4, to=WORK, headers={"dedup_id": "invoice-17"})
-
-    assert take_all(connection, WORK) == [1, 3]
-
-
-def test_a_dedup_id_is_free_again_after_its_window(connect: Connect) -> None:
-    connection = connect(dedup_window=0.5, publish_timeout=0.5)
-    declare(connection, WORK)
-    send(connection, 1, to=WORK, headers={"dedup_id": "x"})
-    first = time.monotonic()
-
-    def was_stored() -> bool:
-        send(connection, 2, to=WORK, headers={"dedup_id": "x"})
-        return count(connection, WORK) == 2
-
-    eventually(was_stored, within=5, every=0.05)
-    assert time.monotonic() - first >= 0.5
-
-
-def test_a_dedup_id_reaches_every_queue_of_an_exchange(connect: Connect) -> None:
-    connection = connect()
-    fan = Exchange("fan", type="fanout")
-    pair = [Queue(f"q{i}", fan) for i in range(2)]
-    declare(connection, *pair)
-
-    for _ in range(2):
-        send(connection, 1, exchange="fan", headers={"dedup_id": "x"})
-
-    assert [take_all(connection, queue) for queue in pair] == [[1], [1]]
-
-
-@pytest.mark.parametrize("dedup_id", ["a b", "ü", "x" * 3000, "new\nline", " ", 17])
-def test_any_text_is_a_dedup_id(connect: Connect, dedup_id: object) -> None:
-    connection = connect()
-    declare(connection, WORK)
-
-    for _ in range(2):
-        send(connection, 1, to=WORK, headers={"dedup_id": dedup_id})
-    send(connection, 2, to=WORK, headers={"dedup_id": f"{dedup_id}'"})
-
-    assert take_all(connection, WORK) == [1, 2]
-
-
 def test_messages_of_one_producer_and_of_two_are_all_different(connect: Connect) -> None:
     first, second = connect(), connect()
     declare(first, WORK)
