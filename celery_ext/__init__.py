@@ -61,6 +61,11 @@ def extension() -> Hooks:
     return hooks
 
 
+def connect_in_spawned_process() -> None:
+    """Connect the hooks in a process of a pool; see `spawned`."""
+    _hooks_of_process().connect_in_spawned_process()
+
+
 def install(app: Celery) -> None:
     """Connect the hooks for *app* now, rather than with its first connection.
 

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
 
+import billiard
 from celery import Celery, _state, signals
 from celery.utils.dispatch import Signal
 
@@ -44,6 +45,9 @@ __all__ = ["Hooks"]
 logger = logging.getLogger(__name__)
 
 DRIVER_TYPE = "jetstream"
+
+#: Module that spawned processes of a pool are told to import; see there.
+SPAWNED = "celery_ext.spawned"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +72,7 @@ class Hooks:
         self._workers: WeakKeyDictionary[Celery, WorkerHooks] = WeakKeyDictionary()
         self._off = False
         self._traces = tracing.is_available()
+        self._in_spawned_process = False
 
     # Connecting
 
@@ -168,20 +173,35 @@ class Hooks:
         app = sender.app
         self._policies.pop(app, None)
         try:
-            settings = self._of(app).settings
+            worker = self._begin(app, sender.hostname)
         except JetStreamTransportError as error:
             # Celery goes on after any `Exception`, and the settings would be without effect.
             raise SystemExit(f"error: {error}") from error
-        if settings.hooks:
-            from .worker import WorkerHooks  # loads the worker's modules, for workers only
+        if worker is not None and _spawns(sender):
+            app.conf.include = (*(app.conf.include or ()), SPAWNED)
 
-            self._stop(app)
-            worker = self._workers[app] = WorkerHooks(app, settings, DRIVER_TYPE, sender.hostname)
-            worker.start()
-
-    def on_worker_process(self, **kwargs: Any) -> None:
+    def on_worker_process(self, sender: Any, **kwargs: Any) -> None:
+        """Take over what was registered since, in the main process or in one of the pool's."""
+        if self._in_spawned_process:
+            self._begin(_state.get_current_app(), sender)
         for worker in self._workers.values():
             worker.take_tasks()
+
+    def _begin(self, app: Celery, hostname: str) -> WorkerHooks | None:
+        settings = self._of(app).settings
+        if not settings.hooks:
+            return None
+        from .worker import WorkerHooks  # loads the worker's modules, for workers only
+
+        self._stop(app)
+        worker = self._workers[app] = WorkerHooks(app, settings, DRIVER_TYPE, hostname)
+        worker.start()
+        return worker
+
+    def connect_in_spawned_process(self) -> None:
+        """Connect in a process of the pool that was not forked, and has no worker to take over."""
+        self._in_spawned_process = True
+        self.connect()
 
     def on_worker_shutdown(self, sender: Any, **kwargs: Any) -> None:
         self._stop(sender.app)
@@ -223,6 +243,12 @@ class Hooks:
         having = [app for app in apps if task_name in app._tasks]
         current = _state.get_current_app()
         return having[0] if len(having) == 1 else current if current in apps else None
+
+
+def _spawns(controller: Any) -> bool:
+    """Tell whether the processes of a worker's pool are fresh interpreters, not forks."""
+    method = getattr(controller, "pool_start_method", "fork")  # Celery 5.7
+    return bool(method != "fork" or billiard.get_start_method() != "fork")
 
 
 def _read(app: Celery) -> _Policies:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import celery
 import pytest
 from celery import Celery, chain, chord
 from opentelemetry import trace
@@ -25,6 +26,8 @@ from tests.servers import api_request, eventually
 pytestmark = pytest.mark.nats29
 
 APP = "tests.acceptance.ext_app"
+
+celery_version = tuple(map(int, celery.__version__.split(".")[:2]))
 
 
 @pytest.fixture
@@ -354,3 +357,12 @@ def test_the_command_line_knows_the_statistics(site: Site) -> None:
     assert done.returncode == 0, done.stderr
     (answer,) = json.loads(done.stdout.splitlines()[-1]).values()
     assert answer["tasks"]["noop"]["celery"]["succeeded"] == 1
+
+
+@pytest.mark.skipif(celery_version < (5, 7), reason="Celery 5.7 can spawn the pool's processes")
+def test_processes_that_are_spawned_have_the_policy_too(site: Site, letters: Letterbox) -> None:
+    with site.worker(app=APP, config={"worker_pool_start_method": "spawn"}, concurrency=1):
+        mended, failing = send(site, "flaky", 2), send(site, "bad_card")
+
+        assert mended.get(timeout=40, interval=0.05) == 1
+        assert letters.wait_for(failing.id).reason == "unrecoverable_error"
