@@ -45,7 +45,7 @@ class QueueArguments:
         for name, value in (arguments or {}).items():
             if name in _REFUSED:
                 raise NotSupported(f"{name!r} of queue {queue_name!r}", _REFUSED[name])
-            if name in _WITHOUT_EFFECT or (name == "x-queue-type" and value in _QUEUE_TYPES):
+            if name in _WITHOUT_EFFECT or (name == "x-queue-type" and str(value) in _QUEUE_TYPES):
                 continue
             if name in ("x-message-ttl", "x-expires"):
                 values[name] = _milliseconds(queue_name, name, value)

@@ -51,7 +51,7 @@ class QoS:
 
     def up_to(self, tag: int) -> list[int]:
         """Return the held tags up to and including *tag*; 0 means all (AMQP's ``multiple``)."""
-        return [held for held in self._held if held <= tag or not tag]
+        return [held for held in self._held.copy() if held <= tag or not tag]
 
     def deliveries(self) -> list[Delivery]:
         """Return what is held; callable from another thread."""
