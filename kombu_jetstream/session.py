@@ -499,11 +499,12 @@ class Session:
             self.nats.dispatch_received()
         except JetStreamTransportError as exc:
             logger.debug("while dispatching the rest: %s", exc)
+        # First, or what is handed back goes through this connection, to its own waiting pulls.
+        self.ledger.detach(self.jetstream, lost=lost or not self.nats.is_open)
         for channel in list(self.channels):
             channel.lose()
         self.channels.clear()
         self.ledger.keep_unconfirmed(self.publisher.take_unconfirmed())
-        self.ledger.detach(self.jetstream, lost=lost or not self.nats.is_open)
         self.nats.close()
 
 
