@@ -92,7 +92,7 @@ _Types: TypeAlias = "tuple[tuple[str, tuple[type, ...]], ...]"
 
 #: Of each part the types it may have; what may be None may be absent.
 _PARTS: _Types = (
-    ("body", (str,)),
+    ("body", (str, bytes)),  # kombu's Redis transport with body_encoding None tags bytes
     ("content-type", (str, NoneType)),
     ("content-encoding", (str, NoneType)),
     ("headers", (dict, NoneType)),
