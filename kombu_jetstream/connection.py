@@ -635,11 +635,10 @@ class NatsConnection:
         """Wait for the socket; return whether there is something to read."""
         with self._lock:
             sock = self._usable()
-            if reading and isinstance(sock, ssl.SSLSocket) and sock.pending():
-                return True
             self._pollers += 1
         try:
-            return poll_socket(sock.fileno(), reading, writing, timeout)[0]
+            readable, _ = poll_socket(sock.fileno(), reading, writing, timeout)
+            return readable
         finally:
             with self._lock:
                 self._pollers -= 1

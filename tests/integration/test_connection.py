@@ -547,10 +547,12 @@ def test_error_of_a_handler_reaches_the_reader_and_loses_no_other_message(
             connection.publish(b"some", number)
 
     with pytest.raises(ZeroDivisionError):
-        connection.wait(lambda: len(got) == 2, 2)
+        connection.wait(lambda: len(got) == 2, 5)
+    began = time.monotonic()
 
-    assert connection.wait(lambda: len(got) == 2, 2)
+    assert connection.wait(lambda: len(got) == 2, 5)
     assert got == [b"1", b"3"]
+    assert time.monotonic() - began < 1.0
 
 
 def test_threads_can_wait_at_the_same_time(connect: Connect) -> None:
@@ -597,6 +599,27 @@ def test_waiting_thread_sees_what_another_one_read(connect: Connect) -> None:
         thread.join(5)
 
     assert found == [True, True, True]
+    assert time.monotonic() - began < 1.0
+
+
+def test_waiter_that_missed_what_another_read_does_not_wait_for_more(connect: Connect) -> None:
+    connection = connect()
+    got: list[Msg] = []
+    connection.subscribe(b"seen", got.append)
+    looks: list[int] = []
+
+    def ready() -> bool:
+        looks.append(len(got))
+        if len(looks) == 1:  # the message comes and is dispatched after this look
+            other = threading.Thread(target=connection.round_trip, args=(5,))
+            connection.publish(b"seen", b"")
+            other.start()
+            other.join()
+        return looks[-1] == 1
+
+    began = time.monotonic()
+    assert connection.wait(ready, 5)
+
     assert time.monotonic() - began < 1.0
 
 
@@ -990,6 +1013,38 @@ def test_writing_goes_on_when_the_server_does(nats_server: NatsServer) -> None:
     thaw.join()
     sender.close()
     receiver.close()
+
+
+def test_slow_server_may_take_longer_than_the_timeout() -> None:
+    size = 16_000_000
+    taken: list[int] = []
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+
+    def serve() -> None:
+        client, _ = listener.accept()
+        with listener, client:
+            client.sendall(b'INFO {"headers":true,"max_payload":100000000}\r\n')
+            said = b""
+            while b"PING\r\n" not in said:
+                said += client.recv(4096)
+            client.sendall(b"PONG\r\n")
+            while 0 not in taken:
+                time.sleep(0.02)  # its slowness, not a wait for anything
+                taken.append(len(client.recv(400_000, socket.MSG_WAITALL)))
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    connection = NatsConnection(settings_of(listener.getsockname()[1], write_timeout=0.2))
+    connection.connect()
+    began = time.monotonic()
+
+    connection.publish(b"slow", bytes(size))
+
+    assert time.monotonic() - began > 0.3
+    connection.close()
+    thread.join(10)
+    assert sum(taken) > size
 
 
 def test_client_reads_while_it_waits_to_write(connect: Connect) -> None:
