@@ -74,6 +74,7 @@ __all__ = [
     "settings_of",
 ]
 
+A = TypeVar("A")
 T = TypeVar("T")
 
 #: Messages asked for at once when a stream is read.
@@ -81,6 +82,9 @@ BATCH = 500
 
 #: Requests under way at once in `gather`; the server answers in order, more would only wait.
 CONCURRENCY = 64
+
+#: Seconds for the end of a connection that was refused.
+ABORT_TIMEOUT = 0.2
 
 #: Seconds after which the server forgets a reader that died.
 READER_THRESHOLD = 30.0
@@ -150,7 +154,6 @@ async def connect(app: Any, *, timeout: float = API_TIMEOUT) -> AsyncIterator[Br
     try:
         yield broker
     finally:
-        client.denied = None
         await client.close()
 
 
@@ -164,22 +167,29 @@ def run(app: Any, work: Callable[[Broker], Awaitable[T]], *, timeout: float = AP
     return asyncio.run(connected())
 
 
-async def gather(work: Iterable[Awaitable[T]], at_once: int = CONCURRENCY) -> list[T]:
-    """Await all of *work*, at most *at_once* of it at a time; the first error ends it."""
-    room = asyncio.Semaphore(at_once)
+async def gather(
+    do: Callable[[A], Awaitable[T]], items: Iterable[A], at_once: int = CONCURRENCY
+) -> list[T]:
+    """Return what *do* returns for each of *items*, at most *at_once* of it at a time.
 
-    async def one(each: Awaitable[T]) -> T:
-        async with room:
-            return await each
+    The first error ends it.
+    """
+    results: dict[int, T] = {}
+    left = iter(enumerate(items))
 
-    tasks = [asyncio.ensure_future(one(each)) for each in work]
+    async def work() -> None:
+        for index, item in left:  # all take from the same
+            results[index] = await do(item)
+
+    tasks = [asyncio.ensure_future(work()) for _ in range(at_once)]
     try:
-        return list(await asyncio.gather(*tasks))
+        await asyncio.gather(*tasks)
     except BaseException:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         raise
+    return [results[index] for index in range(len(results))]
 
 
 # -- connecting ------------------------------------------------------------------------------------
@@ -192,8 +202,8 @@ class _Client(Client):
         super().__init__()
         self.server = server
         self.info = Info()
-        #: called with each permission the server denies, once there is a `Broker`
-        self.denied: Callable[[PermissionDenied], None] | None = None
+        #: called with each permission the server denies, and with the loss of the connection
+        self.failed: Callable[[PermissionDenied | ConnectionLost], None] = lambda error: None
         self.opened = False
 
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
@@ -210,9 +220,13 @@ class _Client(Client):
         if not self.opened:
             raise error
         found = _DENIED.search(str(error))
-        if found and self.denied is not None:
+        if found:
             operation = "publish" if found[1].lower() == "publish" else "subscribe"
-            self.denied(PermissionDenied(operation, found[2]))
+            self.failed(PermissionDenied(operation, found[2]))
+
+    async def on_closed(self) -> None:
+        """Tell that the connection is gone; nobody makes another."""
+        self.failed(ConnectionLost(f"server {self.server} closed the connection"))
 
 
 async def open_client(settings: ConnectionSettings) -> tuple[_Client, Server]:
@@ -239,6 +253,7 @@ async def _open(client: _Client, server: Server, settings: ConnectionSettings) -
             client.connect(
                 [f"{'tls' if settings.tls else 'nats'}://{server}"],
                 error_cb=client.on_error,
+                closed_cb=client.on_closed,
                 allow_reconnect=False,
                 reconnect_time_wait=0,
                 connect_timeout=settings.connect_timeout,  # type: ignore[arg-type]
@@ -259,8 +274,10 @@ async def _open(client: _Client, server: Server, settings: ConnectionSettings) -
 
 
 async def _abort(client: Client) -> None:
-    with suppress(Exception):  # it never was open, and nobody is interested in how it ends
-        await client.close()
+    # It never was open, and nobody is interested in how it ends.  After a failed TLS handshake
+    # nats-py would wait for the transport for ever.
+    with suppress(Exception):
+        await asyncio.wait_for(client.close(), ABORT_TIMEOUT)
 
 
 def _tls(settings: ConnectionSettings, server: Server) -> dict[str, Any]:
@@ -321,7 +338,7 @@ class _Waiting:
     """A request under way, for the server's refusal to find."""
 
     subject: str
-    denied: asyncio.Future[None] = field(
+    failed: asyncio.Future[None] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
 
@@ -340,7 +357,7 @@ class Broker:
         domain = options.jetstream_domain
         self.prefix = f"$JS.{domain}.API." if domain else "$JS.API."
         self._waiting: set[_Waiting] = set()
-        client.denied = self._denied
+        client.failed = self._failed
 
     @property
     def info(self) -> Info:
@@ -351,14 +368,20 @@ class Broker:
     def version(self) -> str:
         return ".".join(map(str, self.info.version))
 
-    def _denied(self, error: PermissionDenied) -> None:
-        """End the request the server denied; without a reply subject none can be answered."""
+    def _failed(self, error: PermissionDenied | ConnectionLost) -> None:
+        """End the requests that will get no answer.
+
+        nats-py would let them wait: the server says separately what it denies.  Without a reply
+        subject, or a connection, none is answered.
+        """
         for waiting in self._waiting:
-            hit = error.operation == "subscribe" or waiting.subject.lower() == error.subject.lower()
-            if hit and not waiting.denied.done():
+            if waiting.failed.done():
+                continue
+            if isinstance(error, ConnectionLost) or error.operation == "subscribe":
+                waiting.failed.set_exception(error)
+            elif waiting.subject.lower() == error.subject.lower():
                 # nats-py hands the server's text on in lower case.
-                subject = error.subject if error.operation == "subscribe" else waiting.subject
-                waiting.denied.set_exception(PermissionDenied(error.operation, subject))
+                waiting.failed.set_exception(PermissionDenied("publish", waiting.subject))
 
     async def request(
         self,
@@ -379,11 +402,11 @@ class Broker:
                 subject, payload, timeout=timeout, headers=dict(headers) if headers else None
             )
         )
-        either: set[asyncio.Future[Any]] = {asking, waiting.denied}
+        either: set[asyncio.Future[Any]] = {asking, waiting.failed}
         try:
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            if waiting.denied.done():
-                waiting.denied.result()
+            if waiting.failed.done():
+                waiting.failed.result()
             return await asking
         except nats.errors.NoRespondersError as exc:
             raise NoResponders(subject) from exc
@@ -394,7 +417,7 @@ class Broker:
         finally:
             self._waiting.discard(waiting)
             asking.cancel()
-            waiting.denied.cancel()
+            waiting.failed.cancel()
 
     async def ping(self) -> None:
         """Return when the server has answered to all that was sent; raises as `request`."""
@@ -628,17 +651,17 @@ class Broker:
         waiting = _Waiting(subject if subject.startswith("$") else self.prefix + subject)
         self._waiting.add(waiting)
         coming = asyncio.ensure_future(arrived.get())
-        either: set[asyncio.Future[Any]] = {coming, waiting.denied}
+        either: set[asyncio.Future[Any]] = {coming, waiting.failed}
         try:
             await asyncio.wait(either, timeout=self.timeout, return_when=asyncio.FIRST_COMPLETED)
-            if waiting.denied.done():
-                waiting.denied.result()
+            if waiting.failed.done():
+                waiting.failed.result()
             if coming.done():
                 return coming.result()
         finally:
             self._waiting.discard(waiting)
             coming.cancel()
-            waiting.denied.cancel()
+            waiting.failed.cancel()
         if not self.client.is_connected:
             raise ConnectionLost("the server closed the connection")
         raise RequestTimeout(waiting.subject, self.timeout)

@@ -213,7 +213,7 @@ def _chosen(ctx: click.Context, ids: tuple[str, ...], which: LetterFilter | None
     async def read(broker: Broker) -> list[Letter]:
         store = DeadLetters(broker)
         if which is None:
-            return await gather([store.get(letter_id) for letter_id in dict.fromkeys(ids)])
+            return await gather(store.get, dict.fromkeys(ids))
         return [letter async for letter in store.oldest(which)]
 
     return run(ctx.obj.app, read)

@@ -338,8 +338,7 @@ class DeadLetters:
 
     async def delete(self, letter_ids: Iterable[str]) -> int:
         """Remove letters and return how many there were; missing ones are no error."""
-        found = await gather([self._delete(letter_id) for letter_id in letter_ids])
-        return sum(found)
+        return sum(await gather(self._delete, letter_ids))
 
     async def _delete(self, letter_id: str) -> bool:
         body = {"seq": _seq(letter_id), "no_erase": True}

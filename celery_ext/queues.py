@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import partial
 from typing import Any
 
 from kombu_jetstream.errors import NotSupported, QueueMissing
@@ -117,17 +118,17 @@ async def statuses(
     before: dict[str, int] = {}
     began = 0.0
     if interval > 0 and queues:
-        first = await gather([_status(broker, queue) for queue in queues.values()])
+        first = await gather(partial(_status, broker), queues.values())
         before, began = {each.name: each.delivered for each in first}, time.monotonic()
         await asyncio.sleep(interval)
-    found = await gather([_status(broker, queue) for queue in queues.values()])
+    found = await gather(partial(_status, broker), queues.values())
     took = time.monotonic() - began
     delayed = await delayed_counts(broker)
     for each in found:
         each.delayed = delayed[each.name]
         if before:
             each.rate = max(0, each.delivered - before[each.name]) / took
-    await gather([_find_oldest(broker, each, queues[each.name]) for each in found])
+    await gather(lambda each: _find_oldest(broker, each, queues[each.name]), found)
     return sorted(found, key=lambda each: each.name)
 
 

@@ -189,9 +189,7 @@ class Replay:
         return self.report
 
     async def _named(self, letter_ids: Iterable[str]) -> AsyncIterator[list[Letter]]:
-        found = await gather(
-            [self._letters.get(letter_id) for letter_id in dict.fromkeys(letter_ids)]
-        )
+        found = await gather(self._letters.get, dict.fromkeys(letter_ids))
         yield sorted(found, key=lambda letter: letter.seq)
 
     def _batches(self, page: list[Letter]) -> list[list[Letter]]:
@@ -211,7 +209,7 @@ class Replay:
         return batches
 
     async def _replay(self, batch: list[Letter]) -> None:
-        whole = await gather([self._letters.find(letter.id) for letter in batch])
+        whole = await gather(self._letters.find, [letter.id for letter in batch])
         letters = [letter for letter in whole if letter is not None]
         marked = [letter for letter in letters if letter.token in self._marks]
         await self._settle_marked(marked)
@@ -228,7 +226,7 @@ class Replay:
         for level, group in ready.items():
             fenced = self._broker.names.stream(level) in self._fences
             claimed = [e for e in group if not fenced or e.letter.token in self._claims]
-            await gather([self._write_claimed(each) for each in claimed])
+            await gather(self._write_claimed, claimed)
             others = [e for e in group if fenced and e.letter.token not in self._claims]
             if others:
                 await self._write_batch(level, others)
@@ -338,15 +336,13 @@ class Replay:
                     await self._broker.api(f"STREAM.PURGE.{stream}", mark)
 
     async def _forget(self, stream: str, sequences: Iterable[int]) -> None:
-        await gather(
-            [
-                self._broker.request(
-                    f"{self._broker.prefix}STREAM.MSG.DELETE.{stream}",
-                    json.dumps({"seq": seq, "no_erase": True}).encode(),
-                )
-                for seq in sequences
-            ]
-        )
+        """Remove messages by sequence; one that is gone is no error."""
+
+        async def forget(seq: int) -> None:
+            subject = f"{self._broker.prefix}STREAM.MSG.DELETE.{stream}"
+            await self._broker.request(subject, json.dumps({"seq": seq, "no_erase": True}).encode())
+
+        await gather(forget, sequences)
 
     def _count(self, group: list[_Ready]) -> None:
         self.report.replayed += len(group)
