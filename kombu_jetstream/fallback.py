@@ -157,6 +157,7 @@ class Fallback:
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
         self._used_at = 0.0
+        self.lists.wake = self._wake.set
 
     def happened(self, event: Event, exc: Exception | None = None) -> State:
         """Tell the state machine what came of a try; *exc* says what went wrong."""
@@ -272,7 +273,7 @@ class Fallback:
             if self.failover.is_degraded and now >= next_probe:
                 self._probe()
                 next_probe = time.monotonic() + PROBE_INTERVAL
-            if now >= next_beat:
+            if now >= next_beat or (lists.wants_beat and lists.available):
                 is_alive = self._keep(lists.beat if not lists.is_idle else lists.ping)
                 next_beat = now + (liveness if is_alive else min(liveness, RETRY_INTERVAL))
             if lists.available and lists.has_waiting:
@@ -503,7 +504,9 @@ class DualSession(_ReadsLists):
             self.nats.wait(self.has_news, timeout)
             return
         self.nats.flush()
-        if self.nats.read_available() or self.has_ready():
+        found = self.nats.read_available()
+        self._read_lists()  # also while the other has something all the time
+        if found or self.has_ready():
             return
         wait_readable([self.nats.fileno(), *fds], timeout)
         self._read()
@@ -552,6 +555,15 @@ class _LetterBox:
             then(None)
 
 
+class _AbsentNats:
+    """The NATS connection there is none of."""
+
+    is_open = False
+
+    def round_trip(self, timeout: float) -> None:
+        """Nothing is under way from there."""
+
+
 class RedisSession(_ReadsLists):
     """JetStream is away: everything goes through Redis."""
 
@@ -576,6 +588,7 @@ class RedisSession(_ReadsLists):
         self._ready_transient = {}
         self._next_tick = time.monotonic() + TICK
         self._letter_failures = set()
+        self.nats: Any = _AbsentNats()
         self.jetstream: Any = _LetterBox(fallback)
         self._divert_unconfirmed()
         fallback.attach(self)

@@ -3,8 +3,7 @@
 *One budget.*  The prefetch limit covers both stores.  A take from Redis counts as held from the
 moment it is sent, and pulls that wait on NATS are withdrawn as far as both together exceed the
 limit; so the bound is the one of `pulls`, and messages that cross a withdrawal on the wire.  When
-both have a backlog, Redis gets at most half of the room, and they take turns where there is room
-for one.
+both have a backlog, each gets half of the limit, and of a limit of one they take turns.
 """
 
 from __future__ import annotations
@@ -44,6 +43,9 @@ __all__ = ["AbsentQueue", "DualChannel", "RedisChannel"]
 
 logger = logging.getLogger(__name__)
 
+#: Seconds for the messages that are on their way when a consumer ends.
+TAKE_TIMEOUT = 1.0
+
 #: The ``delivery_mode`` of messages that need not survive: events, replies.
 TRANSIENT = 1
 
@@ -57,6 +59,8 @@ class _ListsChannel(Channel):
         self._lists = session.fallback.lists
         self._reader: ListReader | None = None
         self._lists_first = False
+        #: how many messages of Redis are held
+        self._from_lists = 0
 
     def _read_lists(self, queue: str) -> None:
         session: Any = self._session
@@ -69,31 +73,41 @@ class _ListsChannel(Channel):
         if self._reader is not None:
             with self._session.lock:
                 self._reader.remove(queue)
+                self._reader.await_take(TAKE_TIMEOUT)
         super()._stop_pulling(queue)
 
     def refill(self) -> None:
         reader = self._reader
-        if reader is None or not reader.can_take:
+        if reader is None or self._is_closing or not (reader.has_backlog and reader.is_connected):
             super().refill()
             return
-        self._lists_first = not self._lists_first
-        if not self._lists_first:
-            super().refill()
-        self._take(reader)
-        super().refill()
-
-    def _take(self, reader: ListReader) -> None:
-        """Ask Redis for what the prefetch limit allows."""
         pulls = self._pulls
         with self._session.lock:
             now = time.monotonic()
-            room = pulls.limit - pulls.held - pulls.under_way(now)
-            if room <= 0 or not reader.can_take:
-                return
+            room, kept = self._room(now), 0
             if pulls.has_backlog(now):
-                room = (room + 1) // 2
+                # Of an odd limit the last one goes to who did not have it before.
+                share = (pulls.limit + self._lists_first) // 2
+                self._take(reader, min(share - self._from_lists, room))
+                # The part of Redis is not for the others, either, while it has a backlog.
+                kept = max(0, share - self._from_lists - reader.asked)
+            else:
+                self._take(reader, room)
+            pulls.held += kept
+            try:
+                super().refill()
+            finally:
+                pulls.held -= kept
+
+    def _room(self, now: float) -> int:
+        """Return for how many more messages there is room, whatever waits on the server."""
+        return self._pulls.limit - self._pulls.held - self._pulls.under_way(now)
+
+    def _take(self, reader: ListReader, room: int) -> None:
+        """Ask Redis for as many messages as there is *room* for."""
+        if room > 0 and reader.can_take:
             asked = reader.limited(room)
-            pulls.reserve(asked)
+            self._pulls.reserve(asked)
             reader.take(asked)
 
     def lists_arrived(self, deliveries: list[Delivery], asked: int) -> None:
@@ -101,12 +115,14 @@ class _ListsChannel(Channel):
         with self._session.lock:
             self.dirty = True
             self._pulls.held -= asked
+            self._lists_first = not deliveries
             for delivery in deliveries:
                 if self.closed or not self.consumers_of(delivery.queue):
                     delivery.settled = True
                     delivery.settler.settle(delivery, "nak")
                     continue
                 self._pulls.held += 1
+                self._from_lists += 1
                 self.qos.hold(delivery)
                 self.ready.push(delivery, delivery.level)
         self._session.wake_loop()
@@ -118,6 +134,11 @@ class _ListsChannel(Channel):
     def after_read(self) -> None:
         if not self.closed:
             super().after_read()
+
+    def _release(self, tag: int) -> Delivery:
+        delivery = super()._release(tag)
+        self._from_lists -= delivery.settler is self._lists
+        return delivery
 
     def _after_settle(self) -> None:
         super()._after_settle()
@@ -221,6 +242,10 @@ class DualChannel(_ListsChannel):
     def _start_pulling(self, queue: str) -> None:
         super()._start_pulling(queue)
         self._read_lists(queue)
+
+    def _arrived_message(self, *args: Any) -> None:
+        super()._arrived_message(*args)
+        self._lists_first = True
 
     def _get_one(self, queue: str) -> Delivery | None:
         delivery = super()._get_one(queue)

@@ -58,6 +58,7 @@ from redis.retry import Retry
 
 from . import resp
 from .backend import Delivery, Outcome
+from .endpoint import poll_socket
 from .errors import FallbackLost, JetStreamTransportError
 from .options import Options
 from .routing import topic_matches
@@ -176,6 +177,10 @@ class RedisLists:
         self._later: list[tuple[float, int, Delivery]] = []
         self._order = count()
         self.readers = 0
+        #: called when the keeper has something to do before its next beat
+        self.wake: Callable[[], None] = lambda: None
+        #: whether that is a beat
+        self.wants_beat = False
         self._routes: dict[str, tuple[float, list[tuple[str, str, str]]]] = {}
 
     # -- the driver ----------------------------------------------------------------------------
@@ -410,6 +415,8 @@ class RedisLists:
         with self._lock:
             self._outstanding.discard(take)
             self._lost_takes.add(take)
+            self.wants_beat = True
+        self.wake()
 
     def _delivery(self, field: bytes, payload: bytes, tries: bytes, *, now: float) -> Delivery:
         take, number, key = field.split(b":", 2)
@@ -432,7 +439,7 @@ class RedisLists:
         keys = self.take_keys(self.lists_of(queue))
         try:
             flat = self.call(
-                lambda client: self._take(keys, [1, take, self.liveness_ms, self.worker])
+                lambda client: self._take(keys, [1, take, self.liveness_ms, self.worker, 1])
             )
         except BaseException:
             self.lost_take(take)
@@ -454,6 +461,7 @@ class RedisLists:
             self._orphans.pop(delivery.token, None)
             if outcome == "nak" and delay:
                 heapq.heappush(self._later, (time.monotonic() + delay, next(self._order), delivery))
+                self.wake()
                 return
         if self.available:
             try:
@@ -464,6 +472,7 @@ class RedisLists:
                 return
         with self._lock:
             self._unsent.append((delivery, outcome))
+        self.wake()
 
     def _send(self, delivery: Delivery, outcome: Outcome) -> None:
         if outcome == "nak":
@@ -483,6 +492,7 @@ class RedisLists:
             for delivery in deliveries:
                 if not delivery.settled:
                     self._orphans[delivery.token] = delivery
+        self.wake()
 
     @property
     def holds(self) -> int:
@@ -505,6 +515,7 @@ class RedisLists:
                 pipe.sadd(self.workers_key, self.worker)
                 pipe.execute()
 
+        self.wants_beat = False
         self.call(give)
         self.reclaim()
         if self._lost_takes:
@@ -753,7 +764,13 @@ class ListReader:
         keys = lists.take_keys(
             [key for same_step in zip(*by_queue, strict=True) for key in same_step]
         )
-        words: list[bytes | str | int] = [limit, self._take, lists.liveness_ms, lists.worker]
+        words: list[bytes | str | int] = [
+            limit,
+            self._take,
+            lists.liveness_ms,
+            lists.worker,
+            len(by_queue),
+        ]
         self._send(self._on_taken, "EVALSHA", self._sha, len(keys), *keys, *words)
 
     def _on_taken(self, answer: Any) -> None:
@@ -818,6 +835,16 @@ class ListReader:
                     self._pushed()
         elif self._expected:
             self._expected.popleft()(value)
+
+    def await_take(self, timeout: float) -> None:
+        """Wait for the reply to a take, so that what it has can be handed back at once."""
+        deadline = time.monotonic() + timeout
+        while self.asked and self._sock is not None:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return
+            poll_socket(self._sock.fileno(), True, bool(self._out), left)
+            self.read()
 
     def tick(self, now: float) -> None:
         """Connect again, look after the connection, and look at the lists now and then."""
