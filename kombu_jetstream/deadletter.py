@@ -25,7 +25,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import socket
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -187,4 +187,4 @@ def facts_of(envelope: Mapping[str, Any] | None) -> dict[str, Any]:
 
 def worker_name() -> str:
     """Return who writes: host and process."""
-    return f"{socket.gethostname()}:{os.getpid()}"
+    return f"{platform.node()}:{os.getpid()}"

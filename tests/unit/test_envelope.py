@@ -126,10 +126,9 @@ def virtual() -> Iterator[Any]:
         yield channel
 
 
+BODIES: tuple[Any, ...] = ({"args": ["grüße", 1, None]}, [], "text")
 SERIALIZED: list[tuple[str, Any]] = [
-    (name, body)
-    for name in ("json", "pickle", "yaml", "msgpack")
-    for body in ({"args": ["grüße", 1, None]}, [], "text")
+    (name, body) for name in ("json", "pickle", "yaml", "msgpack") for body in BODIES
 ]
 
 
