@@ -29,7 +29,7 @@ from .message import Message
 from .protocol import Msg, parse_headers
 from .pulls import SLOTS, WAIT_SLOT, Cancel, Source
 from .settling import Settling
-from .tasks import check_fields, runs_tasks
+from .tasks import Taker, check_event, check_fields, taker_of
 from .topology import LEVELS, decode_token
 
 if TYPE_CHECKING:
@@ -53,8 +53,7 @@ class _Consumer:
     no_ack: bool
     channel: Consuming
     on_cancel: Callable[[str], Any] | None = None
-    #: whether Celery's tasks are behind it
-    is_for_tasks: bool = False
+    taker: Taker = None
 
 
 class Consuming(Settling):
@@ -97,7 +96,7 @@ class Consuming(Settling):
         if transient is None and not session.durable_routes("", queue):
             raise QueueMissing(queue)
         self._consumers[tag] = _Consumer(
-            tag, queue, callback, no_ack, self, on_cancel, runs_tasks(callback)
+            tag, queue, callback, no_ack, self, on_cancel, taker_of(callback)
         )
         if no_ack:
             self.no_ack_consumers.add(tag)
@@ -425,7 +424,7 @@ class Consuming(Settling):
             self.qos.hold(delivery)
 
     def _call(self, delivery: Delivery, consumer: _Consumer) -> bool:
-        message = self._to_message(delivery, consumer.tag, consumer.is_for_tasks)
+        message = self._to_message(delivery, consumer.tag, consumer.taker)
         if message is None:
             return False
         if consumer.no_ack:
@@ -434,7 +433,7 @@ class Consuming(Settling):
         return True
 
     def _to_message(
-        self, delivery: Delivery, consumer_tag: str | None, is_for_tasks: bool = False
+        self, delivery: Delivery, consumer_tag: str | None, taker: Taker = None
     ) -> Message | None:
         """Return the message, or None after giving up on it as a dead letter."""
         limit = self._session.options.max_deliveries
@@ -444,9 +443,12 @@ class Consuming(Settling):
             if limit is not None and delivery.attempt > limit and delivery.token:
                 self.bury(delivery.tag, "max_deliveries_exceeded")
                 return None
-            if is_for_tasks and "task" in decoded["headers"]:
+            if taker == "tasks" and "task" in decoded["headers"]:
                 check_fields(decoded["headers"])
-            return Message(decoded, delivery, self, consumer_tag, is_for_tasks)
+            message = Message(decoded, delivery, self, consumer_tag, taker == "tasks")
+            if taker == "gossip":
+                _check_event(message)
+            return message
         except MalformedMessage as exc:
             self.bury(delivery.tag, "malformed", exc)
             return None
@@ -470,6 +472,14 @@ class Consuming(Settling):
             queue = self._session.transient.get(consumer.queue)
             if queue is not None:
                 self._session.transient_arrived(queue)
+
+
+def _check_event(message: Message) -> None:
+    try:
+        body = message.payload
+    except Exception as exc:
+        raise MalformedMessage(f"not an event: {type(exc).__name__}") from exc
+    check_event(message.headers, body)
 
 
 def _queue_of(token: bytes) -> str:

@@ -190,7 +190,8 @@ class Settling(Declaring):
             level=LEVELS[delivery.level],
             error=type(error).__name__ if error is not None else None,
             message=str(error) if error is not None else None,
-            attempts=delivery.attempt,
+            # The delivery that is one too many is not an attempt.
+            attempts=delivery.attempt - (reason == "max_deliveries_exceeded"),
             worker=deadletter.worker_name(),
             published_at=delivery.published_at or None,
             died_at=time.time(),

@@ -1,10 +1,11 @@
-"""What a Celery worker takes for granted in a task message, and a foreign client may get wrong.
+"""What a Celery worker takes for granted in a message, and a foreign client may get wrong.
 
-Celery refuses what it cannot decode, but it trusts the types of what it reads: an ``id`` that is a
-list, or a body that is no triple, raises in the worker's main loop and ends the worker, then the
-next one that gets the message (Celery 5.7, every pool).  So such a message is malformed before
-Celery sees it.  Checked is what raises there, in `celery.worker.strategy` and
-`celery.worker.request`; whatever fails inside the task's own process fails that task alone.  Pure.
+Celery refuses a task it cannot decode, but it trusts the types of what it reads: an ``id`` that is
+a list, or a body that is no triple, raises in the worker's main loop and ends the worker, then the
+next one that gets the message (Celery 5.7, every pool).  So does an event that is no event.  Such a
+message is malformed before Celery sees it.  Checked is what raises there, in
+`celery.worker.strategy`, `celery.worker.request` and `celery.worker.consumer.gossip`; whatever
+fails inside the task's own process fails that task alone.  Pure.
 """
 
 from __future__ import annotations
@@ -12,21 +13,30 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from types import NoneType
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from .errors import MalformedMessage, shortened
 
-__all__ = ["check_body", "check_fields", "runs_tasks"]
+__all__ = ["Taker", "check_body", "check_event", "check_fields", "taker_of"]
+
+#: What of a worker takes the messages of a consumer, if it is a part that takes things for granted.
+Taker: TypeAlias = Literal["tasks", "gossip"] | None
+
+_TAKERS: dict[str, Taker] = {
+    "celery.worker.consumer.consumer": "tasks",
+    "celery.worker.consumer.gossip": "gossip",
+}
 
 
-def runs_tasks(callback: object) -> bool:
-    """Tell whether *callback*, as given to ``basic_consume``, hands messages to Celery's tasks.
+def taker_of(callback: object) -> Taker:
+    """Return what *callback*, as given to ``basic_consume``, hands its messages to.
 
-    Celery's task consumer is a kombu ``Consumer`` whose ``on_message`` is made there; its other
-    consumers (remote control, gossip) and those of users have handlers of their own.
+    It is a method of a kombu ``Consumer``, whose ``on_message`` Celery sets.  Remote control looks
+    after itself, and what users consume is theirs.
     """
     handler = getattr(getattr(callback, "__self__", None), "on_message", None)
-    return getattr(handler, "__module__", None) == "celery.worker.consumer.consumer"
+    handler = getattr(handler, "func", handler)  # gossip's is a partial
+    return _TAKERS.get(getattr(handler, "__module__", None) or "")
 
 
 def _is_id(value: object) -> bool:
@@ -108,3 +118,26 @@ def check_body(headers: Mapping[str, Any], body: Any) -> None:
         raise MalformedMessage("not a task: expected 'kwargs' to be an object")
     if not isinstance(embed, (dict, NoneType)):
         raise MalformedMessage("not a task: expected the third part of the body to be an object")
+
+
+#: What `celery.events.state.Worker` computes: gossip sets an attribute for each field of an event.
+_WORKER_PROPERTIES = frozenset({"alive", "heartbeat_expires", "heartbeats", "id", "status_string"})
+
+
+def check_event(headers: Mapping[str, Any], body: Any) -> None:
+    """Raise `MalformedMessage` unless the decoded *body* is an event of a worker."""
+    if not isinstance(body, dict):
+        raise MalformedMessage("not an event: not a JSON object")
+    for name in ("type", "hostname"):
+        if not isinstance(body.get(name), str):
+            raise MalformedMessage(f"not an event: expected {name!r} to be text")
+    if not _is_text(headers.get("hostname")) or not _is_text(body.get("id")):
+        raise MalformedMessage("not an event: expected 'hostname' and 'id' to be text")
+    if "elect" in body["type"]:
+        if "id" not in body:
+            raise MalformedMessage("not an event: 'id' is missing")
+    elif not _WORKER_PROPERTIES.isdisjoint(body):
+        raise MalformedMessage("not an event: it has fields no worker has")
+    for name in ("timestamp", "clock", "utcoffset", "freq"):
+        if not _is_limit(body.get(name)):
+            raise MalformedMessage(f"not an event: expected {name!r} to be a number")
