@@ -89,9 +89,7 @@ class Transport(base.Transport):
         """
         parsed, settings = self.settings()
         if parsed.fallback_url is not None:
-            from . import fallback  # needs redis, which nobody else does
-
-            return fallback.open_session(self.client, parsed, settings)
+            return _fallback().open_session(self.client, parsed, settings)
         return Session(self.client, parsed, settings)
 
     def settings(self) -> tuple[options.Options, ConnectionSettings]:
@@ -169,6 +167,18 @@ class Transport(base.Transport):
     @property
     def default_connection_params(self) -> dict[str, Any]:
         return {"port": self.default_port, "hostname": "localhost"}
+
+
+def _fallback() -> Any:
+    """Return the module that needs ``redis``, which nobody else does."""
+    try:
+        from . import fallback
+    except ModuleNotFoundError as exc:
+        raise errors.OptionsError(
+            f"'fallback_url' needs the package {exc.name!r}: pip install 'kombu-jetstream[redis]'",
+            "fallback_url",
+        ) from exc
+    return fallback
 
 
 class SecureTransport(Transport):

@@ -18,7 +18,7 @@ from kombu_jetstream import fallback
 from kombu_jetstream.errors import ConnectionLost
 from kombu_jetstream.options import Options
 from kombu_jetstream.server import NatsServer
-from tests.acceptance.sites import Site
+from tests.acceptance.sites import POOLS, Site
 from tests.servers import CeleryWorker, RedisServer, celery_workers, eventually
 
 pytestmark = pytest.mark.redis
@@ -351,3 +351,25 @@ def test_remote_control_is_absent_meanwhile_and_comes_back(
         worker.wait_log("JetStream is back", within=10)
 
         assert eventually(replies, within=10)
+
+
+@pytest.mark.slow
+@pytest.mark.pools
+@pytest.mark.parametrize("pool", POOLS)
+def test_every_pool_changes_over_and_back(
+    site: Site, nats_server: NatsServer, lists: redis.Redis, pool: str
+) -> None:
+    with site.worker(pool=pool) as worker:
+        before = site.send("nap_late", 2, 0.5)
+        nats_server.kill()
+        meanwhile = site.send("noop", 20) + site.send("nap_late", 4, 0.5)
+        site.wait_ended(meanwhile, within=20)
+        nats_server.start()
+        worker.wait_log("JetStream is back", within=15)
+        eventually(lambda: fallback_of(site).failover.state.value != "degraded", within=5)
+        afterwards = site.send("noop", 20)
+
+        # One of them may have been on its way to the worker, as solo takes one at a time.
+        site.wait_ended(before + afterwards, within=15)
+        assert waiting(lists) == 0
+        site.assert_each_ran_once(before + meanwhile + afterwards)

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import select
+import socket
+import ssl
 import threading
 import time
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
+from urllib.parse import quote
 
 import kombu
 import pytest
 import redis
+import trustme
 
 from kombu_jetstream.backend import Delivery
 from kombu_jetstream.errors import FallbackLost
@@ -473,3 +481,74 @@ def test_wrong_password_is_told(redis_server: RedisServer, client: redis.Redis) 
 
     assert "falsch" not in str(e.value)
     lists.close()
+
+
+# TLS
+
+
+@contextmanager
+def tls_in_front_of(port: int, context: ssl.SSLContext) -> Iterator[int]:
+    """A port that speaks TLS and hands everything on; redis-server's wheel has none built in."""
+
+    ports: SimpleQueue[int] = SimpleQueue()
+    over = threading.Event()
+
+    def carry(source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+        for each in (source, target):
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+    def serve() -> None:
+        with contextlib.ExitStack() as stack:
+            listening = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+            ports.put(listening.getsockname()[1])
+            listening.settimeout(0.1)
+            threads = []
+            while not over.is_set():
+                with contextlib.suppress(TimeoutError):
+                    plain, _ = listening.accept()
+                    plain.settimeout(10)
+                    near = stack.enter_context(context.wrap_socket(plain, server_side=True))
+                    far = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+                    for ends in ((near, far), (far, near)):
+                        threads.append(threading.Thread(target=carry, args=ends))
+                        threads[-1].start()
+            for thread in threads:
+                thread.join()
+
+    server = threading.Thread(target=serve)
+    server.start()
+    try:
+        yield ports.get(timeout=5)
+    finally:
+        over.set()
+        server.join()
+
+
+@pytest.mark.tls
+def test_tls_with_a_password_in_the_url(
+    redis_server: RedisServer, client: redis.Redis, folder: Path
+) -> None:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(folder / "ca.pem"))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    client.execute_command("ACL", "SETUSER", "ann", "on", ">geheim", "~*", "+@all")
+    with tls_in_front_of(redis_server.port, context) as port:
+        authorities = quote(str(folder / "ca.pem"))
+        url = f"rediss://ann:geheim@127.0.0.1:{port}/0?ssl_ca_certs={authorities}"
+        lists = RedisLists(Options(fallback_url=url))
+        taker = Taker(lists, ["q"])
+        taker.run_idle()
+
+        # More than one TLS record: OpenSSL has bytes the descriptor does not show.
+        sent = [b"%d" % number * 10_000 for number in range(40)]
+        push(lists, "q", *sent)
+        taker.run(lambda: len(taker.found) == 40)
+
+        assert taker.payloads() == sent
+        taker.reader.close()
+        lists.close()
