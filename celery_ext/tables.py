@@ -47,13 +47,15 @@ def show(ctx: Any, columns: Sequence[Column], rows: Sequence[Sequence[object]]) 
     ]
     columns = [columns[index] for index in shown]
     rows = [[row[index] for index in shown] for row in rows]
-    if is_terminal and _show_rich(ctx, columns, rows):
+    if width is not None and _show_rich(ctx, columns, rows, width):
         return
     for line in plain(columns, rows, width):
         ctx.echo(line)
 
 
-def _show_rich(ctx: Any, columns: Sequence[Column], rows: Sequence[Sequence[object]]) -> bool:
+def _show_rich(
+    ctx: Any, columns: Sequence[Column], rows: Sequence[Sequence[object]], width: int
+) -> bool:
     try:
         from rich.console import Console
         from rich.table import Table
@@ -72,7 +74,7 @@ def _show_rich(ctx: Any, columns: Sequence[Column], rows: Sequence[Sequence[obje
     for row in rows:
         # As text: a task's name or an error may look like rich's markup.
         table.add_row(*(Text(_cell(value)) for value in row))
-    Console(no_color=ctx.no_color, highlight=False).print(table)
+    Console(width=width, no_color=ctx.no_color, highlight=False).print(table)
     return True
 
 

@@ -210,7 +210,7 @@ def test_a_server_that_offers_tls_without_demanding_it_gets_it(
     with run_nats_server(folder / "store", config=config) as server:
 
         async def cipher(broker: Broker) -> Any:
-            transport = broker.client._transport
+            transport: Any = broker.client._transport
             return transport._io_writer.get_extra_info("cipher")
 
         context = ssl.create_default_context(cafile=certificates["ca"])

@@ -227,7 +227,7 @@ def test_a_clock_that_is_off_is_found(
     app: celery.Celery, monkeypatch: pytest.MonkeyPatch, ahead: float, severity: str
 ) -> None:
     clock: Callable[[], float] = time.time
-    monkeypatch.setattr(doctor.time, "time", lambda: clock() + ahead)
+    monkeypatch.setattr("celery_ext.doctor.time.time", lambda: clock() + ahead)
 
     (found,) = (f for f in examine(app).findings if f.check == "clock")
 
