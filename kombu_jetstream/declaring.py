@@ -44,8 +44,9 @@ class Declaring(base.StdChannel):
         self.connection: Session | None = session
         self.closed = False
         self._session = session
-        #: auto-delete queues that may yet become transient, see `queue_declare`
-        self._undecided: dict[str, dict[str, Any]] = {}
+        #: auto-delete queues that may yet become transient, see `queue_declare`; of the whole
+        #: connection, as another channel may be the next to use one
+        self._undecided = session.undecided
 
     def _open(self) -> Session:
         """Return the session, or raise `ConnectionLost` if the channel was closed."""
@@ -179,6 +180,7 @@ class Declaring(base.StdChannel):
         self._decide()
         transient = session.transient.get(queue)
         if transient is not None:
+            self._take_in()
             return queue_declare_ok_t(queue, len(transient), transient.consumers)
         if not session.durable_routes("", queue):
             raise QueueMissing(queue)
@@ -186,6 +188,12 @@ class Declaring(base.StdChannel):
         if counts is None:
             raise QueueMissing(queue)
         return queue_declare_ok_t(queue, counts.ready, counts.waiting_pulls)
+
+    def _take_in(self) -> None:
+        """Read what is on its way to transient queues."""
+        session = self._session
+        if session.nats.is_open:
+            session.nats.round_trip(session.answer_timeout)
 
     def _is_auto_delete(self, queue: str) -> bool:
         record = self._session.registry.queues.get(queue)
@@ -242,6 +250,7 @@ class Declaring(base.StdChannel):
         self._decide()
         transient = session.transient.get(queue)
         if transient is not None:
+            self._take_in()
             return transient.purge()
         if not session.durable_routes("", queue):
             raise QueueMissing(queue)

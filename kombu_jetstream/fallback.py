@@ -582,6 +582,7 @@ class RedisSession(_ReadsLists):
         self.lock = threading.RLock()
         self.channels = []
         self.transient = {}
+        self.undecided = {}
         self.ledger = ledger_of(options)
         self._loop = None
         self._scheduled = self._closed = self._dispatching = False

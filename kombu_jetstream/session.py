@@ -107,6 +107,8 @@ class Session:
         self.lock = threading.RLock()
         self.channels: list[Channel] = []
         self.transient: dict[str, TransientQueue] = {}
+        #: auto-delete queues that may yet become transient, see `Channel.queue_declare`
+        self.undecided: dict[str, dict[str, Any]] = {}
         self.ledger = ledger_of(options)
         self.nats = self._connect(settings)
         self.jetstream = JetStream(self.nats, options, self.ledger)
