@@ -27,6 +27,18 @@ def pytest_report_header() -> str:
     return f"nats-server: {version} ({nats_server_binary()})"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run a test of real processes once more when it fails; the summary counts these as rerun.
+
+    They have deadlines, and a machine may stand still for longer.  A rule without processes
+    (``tests/unit``) gets no second chance.
+    """
+    for item in items:
+        ring = item.path.relative_to(Path(__file__).parent).parts[0]
+        if ring in ("integration", "acceptance"):
+            item.add_marker(pytest.mark.flaky(reruns=1, reruns_delay=1))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     for mark in item.iter_markers("requires_nats"):
         needed = tuple(map(int, mark.args[0].split(".")))
