@@ -28,7 +28,7 @@ from typing import Any, Literal, get_args
 
 from nats.js import api
 
-from .errors import QueueNameInvalid
+from .errors import PreconditionFailed, QueueNameInvalid, shortened
 from .options import Options
 
 __all__ = [
@@ -59,6 +59,10 @@ API_LEVEL_ATOMIC = 2
 
 #: A consumer name becomes a directory of the file store, 255 bytes at most.
 MAX_TOKEN_BYTES = 200
+
+#: Bytes of any subject.  A line of the protocol has 4096 (``max_control_line``), with a reply
+#: subject and numbers in it.  AMQP's own limit of 255 bytes for a name or key needs less.
+MAX_SUBJECT_BYTES = 3000
 
 #: Bytes of a task or message id in the subject of a delayed message.
 MAX_ID_BYTES = 200
@@ -196,23 +200,34 @@ class Names:
         return f"{self.namespace}.registry"
 
     def registry_queue(self, queue_name: str) -> str:
-        return f"{self.registry}.queue.{encode_token(queue_name)}"
+        return _checked(f"{self.registry}.queue.{encode_token(queue_name)}", queue_name)
 
     def registry_exchange(self, exchange: str) -> str:
-        return f"{self.registry}.exchange.{encode_token(exchange)}"
+        return _checked(f"{self.registry}.exchange.{encode_token(exchange)}", exchange)
 
     def registry_binding(self, exchange: str, queue_name: str, key: str) -> str:
         tokens = ".".join(encode_token(part) for part in (exchange, queue_name, key))
-        return f"{self.registry}.binding.{tokens}"
+        return _checked(f"{self.registry}.binding.{tokens}", exchange, queue_name, key)
 
     def transient_queue(self, queue_name: str) -> str:
         """Subject on which a transient queue hears the default exchange."""
-        return f"{self.namespace}.q.{encode_token(queue_name)}"
+        return _checked(f"{self.namespace}.q.{encode_token(queue_name)}", queue_name)
 
     def exchange(self, exchange: str, suffix: str) -> str:
         """Subject of an exchange; *suffix* comes from `routing`, and may be empty."""
         base = f"{self.namespace}.x.{encode_token(exchange)}"
-        return f"{base}.{suffix}" if suffix else base
+        return _checked(f"{base}.{suffix}" if suffix else base, exchange, suffix)
+
+
+def _checked(subject: str, *names: str) -> str:
+    """Return *subject*, or raise `PreconditionFailed`: the server would close the connection."""
+    if len(subject) > MAX_SUBJECT_BYTES:
+        told = " and ".join(shortened(name) for name in names if name)
+        raise PreconditionFailed(
+            f"{told} is too long for a NATS subject: it takes {len(subject)} bytes encoded, "
+            f"of at most {MAX_SUBJECT_BYTES}"
+        )
+    return subject
 
 
 def level_stream(options: Options, level: Level, api_level: int) -> api.StreamConfig:

@@ -72,9 +72,10 @@ class TransientQueue:
         """Subscribe to what *key* of *exchange* means; binding twice is binding once."""
         if any(bound.exchange == exchange and bound.key == key for bound in self._bound):
             return
+        suffixes, _ = subjects_of(exchange_type, key)
+        subjects = [self._names.exchange(exchange, suffix).encode() for suffix in suffixes]
         bound = _Bound(exchange, key, matcher(exchange_type, key), [])
         self._bound.append(bound)
-        suffixes, _ = subjects_of(exchange_type, key)
         prefix_words = len(self._names.exchange(exchange, "").split("."))
 
         def on_message(msg: Msg) -> None:
@@ -91,8 +92,7 @@ class TransientQueue:
             except StopIteration:  # a wider subscription than the pattern, or unbound meanwhile
                 return
 
-        for suffix in suffixes:
-            subject = self._names.exchange(exchange, suffix).encode()
+        for subject in subjects:
             bound.sids.append(self._connection.subscribe(subject, deliver))
 
     def unbind(self, exchange: str, key: str) -> None:
