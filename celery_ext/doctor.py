@@ -6,6 +6,7 @@ the others.  Looking changes nothing on the server.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -18,6 +19,7 @@ from kombu_jetstream.topology import LEVELS, queue_token
 
 from .broker import Broker, connect, open_client, settings_of
 from .dlq import DeadLetters
+from .fallback_health import examine
 from .overview import stream_statuses
 from .provision import Declared, declared, plan
 from .queues import UNTIL_RESUMED, QueueStatus, registered_queues, statuses
@@ -102,6 +104,7 @@ async def diagnose(app: Any, *, timeout: float = 5.0) -> Diagnosis:
             findings.append(_server(broker))
             for check, look in CHECKS.items():
                 findings += await _look(check, look, broker, needed)
+            findings += await _fallback(broker)
     except JetStreamTransportError as exc:
         if isinstance(exc, ValueError):
             raise
@@ -328,6 +331,16 @@ async def _limits(broker: Broker, needed: Declared) -> list[Finding]:
             what = f"{name} has one copy, in a cluster"
             found.append(Finding("limits", "warning", what, remedy))
     return found
+
+
+async def _fallback(broker: Broker) -> list[Finding]:
+    """Return what is to be said of the Redis that takes over, if there is one."""
+    if broker.options.fallback_url is None:
+        return []
+    remarks = await asyncio.to_thread(examine, broker.options)
+    if not remarks:
+        return [Finding("fallback", "ok", "Redis can take over while JetStream is away")]
+    return [Finding("fallback", each.severity, each.message, each.remedy) for each in remarks]
 
 
 async def _dead_letters(broker: Broker, needed: Declared) -> list[Finding]:

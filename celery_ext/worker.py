@@ -7,6 +7,7 @@ wrapped tasks matter.  Nothing of it may break a task: an error in here is logge
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -113,7 +114,14 @@ class WorkerHooks:
             task.__trace__ = build_tracer(task.name, task, app.loader, self._hostname, app=app)
 
     def _report(self, app: Celery) -> dict[str, Any] | None:
-        return self.stats.report() if app is self.app else None
+        if app is not self.app:
+            return None
+        report = self.stats.report()
+        # Loaded by the transport only when there is a fallback.
+        module = sys.modules.get("kombu_jetstream.fallback")
+        if module is not None:
+            report["fallback"] = module.counters()
+        return report
 
     # What the requests ask
 

@@ -61,7 +61,14 @@ if TYPE_CHECKING:
     from .options import Options
     from .transient import TransientQueue
 
-__all__ = ["DualSession", "Fallback", "RedisSession", "fallback_of", "open_session"]
+__all__ = [
+    "DualSession",
+    "Fallback",
+    "RedisSession",
+    "counters",
+    "fallback_of",
+    "open_session",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -339,6 +346,22 @@ def fallback_of(options: Options, settings: ConnectionSettings) -> Fallback:
         return fallback
 
 
+def counters() -> dict[str, Any]:
+    """Return what the fallbacks of this process did so far; empty without one."""
+    found = [fallback for (pid, _), fallback in list(_fallbacks.items()) if pid == os.getpid()]
+    if not found:
+        return {}
+    return {
+        "state": [fallback.failover.state.value for fallback in found],
+        "redis_available": all(fallback.lists.available for fallback in found),
+        "failovers": sum(fallback.failover.failovers for fallback in found),
+        "diverted": sum(fallback.diverted for fallback in found),
+        "ambiguous": sum(fallback.ambiguous for fallback in found),
+        "mirror_failures": sum(fallback.mirror_failures for fallback in found),
+        "held": sum(fallback.lists.holds for fallback in found),
+    }
+
+
 def open_session(
     client: kombu.Connection, options: Options, settings: ConnectionSettings
 ) -> Session:
@@ -562,6 +585,11 @@ class _AbsentNats:
 
     def round_trip(self, timeout: float) -> None:
         """Nothing is under way from there."""
+
+    def cork(self) -> None:
+        """Nothing is written."""
+
+    uncork = flush = cork
 
 
 class RedisSession(_ReadsLists):

@@ -46,6 +46,7 @@ import time
 from bisect import bisect
 from collections import deque
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from importlib import resources
 from itertools import count
@@ -64,7 +65,7 @@ from .options import Options
 from .routing import topic_matches
 from .topology import LEVELS, level_of
 
-__all__ = ["ListReader", "RedisLists", "list_name", "steps"]
+__all__ = ["Description", "ListReader", "RedisLists", "list_name", "steps"]
 
 logger = logging.getLogger(__name__)
 
@@ -131,6 +132,21 @@ def steps(options: Options) -> tuple[int, ...]:
 
 def _script(name: str) -> str:
     return (resources.files(__package__) / "lua" / f"{name}.lua").read_text("utf-8")
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """A Redis, and what it has of ours beside the lists."""
+
+    version: str
+    #: whether readers hear of new messages instead of looking once a second
+    tracks: bool
+    #: whether it has an append-only file
+    persistent: bool
+    #: whether it may drop keys when its memory is full, messages among them
+    evicts: bool
+    held: int
+    letters: int
 
 
 class RedisLists:
@@ -231,6 +247,27 @@ class RedisLists:
 
     def ping(self) -> None:
         self.call(lambda client: client.ping())
+
+    def describe(self) -> Description:
+        """Return what an operator wants to know of this Redis."""
+        info = self.call(lambda client: client.info())
+        connection = self.connection()
+        try:
+            connection.send_command("CLIENT", "TRACKING", "ON")
+            tracks = connection.read_response() is not None
+        except _FAILURES:
+            tracks = False
+        finally:
+            connection.disconnect()
+        return Description(
+            version=str(info.get("redis_version")),
+            tracks=tracks,
+            persistent=bool(int(info.get("aof_enabled", 0))),
+            evicts=str(info.get("maxmemory_policy", "noeviction")) != "noeviction"
+            and int(info.get("maxmemory", 0)) > 0,
+            held=self.held_by_all(),
+            letters=int(self.call(lambda client: client.llen(self.letters_key))),
+        )
 
     # -- queues --------------------------------------------------------------------------------
 

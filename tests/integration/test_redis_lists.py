@@ -22,6 +22,7 @@ import pytest
 import redis
 import trustme
 
+from celery_ext.fallback_health import examine
 from kombu_jetstream.backend import Delivery
 from kombu_jetstream.errors import FallbackLost
 from kombu_jetstream.options import Options
@@ -552,3 +553,32 @@ def test_tls_with_a_password_in_the_url(
         assert taker.payloads() == sent
         taker.reader.close()
         lists.close()
+
+
+# What an operator is told
+
+
+def test_a_fallback_that_can_take_over_needs_no_remark(redis_server: RedisServer) -> None:
+    assert examine(options(redis_server)) == []
+    assert examine(Options()) == []
+
+
+def test_what_is_wrong_with_the_fallback_is_told(
+    redis_server: RedisServer, client: redis.Redis, lists: RedisLists
+) -> None:
+    client.config_set("appendonly", "no")
+    client.config_set("maxmemory", "100mb")
+    client.config_set("maxmemory-policy", "allkeys-lru")
+    lists.keep_letter(b"{}")
+
+    said = [remark.message for remark in examine(options(redis_server))]
+
+    assert [" ".join(message.split()[:6]) for message in said] == [
+        "the fallback Redis has no append-only",
+        "the fallback Redis may drop queues",
+        "1 dead letters of an outage",
+    ]
+    redis_server.kill()
+    (away,) = examine(options(redis_server))
+    assert away.severity == "error"
+    assert "refused" in away.message
