@@ -156,8 +156,7 @@ class NatsConnection:
         self._changed = threading.Condition(self._lock)
         self._reader = threading.RLock()
         self._writer: int | None = None
-        self._turns = 0
-        self._pollers = 0
+        self._turns = self._sleepers = self._pollers = 0
 
     # What it is
 
@@ -507,7 +506,7 @@ class NatsConnection:
                     self._fail(ConnectionLost(f"{self.server} took no byte for {timeout:g} s"))
                     self._usable()
                 if self._writer != me:
-                    self._changed.wait(deadline - now)
+                    self._sleep(deadline - now)
                     continue
             try:
                 if self._reader.acquire(blocking=False):
@@ -543,8 +542,10 @@ class NatsConnection:
             turns = self._turns
             if ready():
                 return True
-            self._usable()
-            self._raise_denied_subscription()
+            if self._failure is not None:
+                self._usable()
+            if self._denials:
+                self._raise_denied_subscription()
             if is_last:
                 return False
             if deadline is not None:
@@ -555,7 +556,7 @@ class NatsConnection:
             else:
                 with self._lock:
                     if self._turns == turns:
-                        self._changed.wait(left)
+                        self._sleep(left)
 
     def dispatch_received(self) -> None:
         """Dispatch what came before the connection was lost and nobody was told of yet.
@@ -629,7 +630,16 @@ class NatsConnection:
 
     def _next_turn(self) -> None:
         self._turns += 1
-        self._changed.notify_all()
+        if self._sleepers:
+            self._changed.notify_all()
+
+    def _sleep(self, timeout: float | None) -> None:
+        """Wait for the next turn; the lock is held, and released meanwhile."""
+        self._sleepers += 1
+        try:
+            self._changed.wait(timeout)
+        finally:
+            self._sleepers -= 1
 
     def _poll(self, timeout: float | None, *, reading: bool, writing: bool) -> bool:
         """Wait for the socket; return whether there is something to read."""
@@ -649,8 +659,8 @@ class NatsConnection:
         found = False
         while True:
             with self._lock:
-                if not self._send():
-                    pass  # who wrote it waits for room
+                if self._out:
+                    self._send()
                 more, lost = self._receive()
             found |= self._dispatch()
             if lost is not None:

@@ -293,5 +293,8 @@ def poll_socket(fd: int, reading: bool, writing: bool, timeout: float | None) ->
     poller = poll()
     poller.register(fd, select.POLLIN * reading | select.POLLOUT * writing)
     wait_ms = None if timeout is None else min(math.ceil(timeout * 1000), _MAX_POLL_MS)
-    events = sum(events for _, events in poller.poll(wait_ms))
+    ready = poller.poll(wait_ms)
+    if not ready:
+        return False, False
+    [(_, events)] = ready
     return bool(events & ~select.POLLOUT), bool(events & ~select.POLLIN)
