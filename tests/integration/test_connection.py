@@ -484,7 +484,7 @@ def test_wait_honours_its_timeout(connect: Connect) -> None:
 
     assert not connection.wait(lambda: False, 0.1)
 
-    assert 0.1 <= time.monotonic() - began < 0.15
+    assert 0.1 <= time.monotonic() - began < 0.3
     assert connection.wait(lambda: True, 0)
 
 
