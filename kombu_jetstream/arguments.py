@@ -42,6 +42,8 @@ class QueueArguments:
         Raises `NotSupported` for what cannot be honoured, `PreconditionFailed` for bad values.
         """
         values: dict[str, Any] = {}
+        if arguments and not isinstance(arguments, Mapping):
+            raise PreconditionFailed(f"the arguments of queue {queue_name!r} are no mapping")
         for name, value in (arguments or {}).items():
             if name in _REFUSED:
                 raise NotSupported(f"{name!r} of queue {queue_name!r}", _REFUSED[name])

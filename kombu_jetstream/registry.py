@@ -19,7 +19,7 @@ import logging
 import random
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from .arguments import QueueArguments
 from .errors import JetStreamTransportError, NoResponders, PreconditionFailed, RequestTimeout
@@ -146,29 +146,35 @@ class Registry:
             connection.unsubscribe(sid)
 
     def _changed(self, msg: Msg) -> None:
-        self.apply(msg.subject.decode(), msg.payload)
+        self.apply(msg.subject.decode(errors="replace"), msg.payload)
 
     def apply(self, subject: str, payload: bytes) -> None:
-        """Take one record, or its removal if *payload* is empty."""
+        """Take one record, or its removal if *payload* is empty.
+
+        One that cannot be read is ignored and said: anybody may have written it.
+        """
         kind, *tokens = subject[len(self._names.registry) + 1 :].split(".")
-        parts = [decode_token(token) for token in tokens]
         try:
+            parts = [decode_token(token) for token in tokens]
             record = json.loads(payload) if payload else None
             if kind == "queue":
-                self.queues.pop(parts[0], None)
+                (name,) = parts
+                self.queues.pop(name, None)
                 if record is not None:
-                    self.queues[parts[0]] = Queue(**record)
+                    self.queues[name] = _sound(Queue(**record), name=name)
             elif kind == "exchange":
-                self.table.exchanges.pop(parts[0], None)
+                (name,) = parts
+                self.table.exchanges.pop(name, None)
                 if record is not None:
-                    self.table.exchanges[parts[0]] = Exchange(**record)
+                    self.table.exchanges[name] = _sound(Exchange(**record), name=name)
             elif kind == "binding":
                 exchange, queue, key = parts
                 self.table.remove(exchange, key, queue)
                 if record is not None:
-                    self.table.add(Binding(**record))
-        except (ValueError, TypeError, IndexError, JetStreamTransportError) as exc:
-            logger.warning("ignored an unreadable registry record %s: %s", subject, exc)
+                    binding = Binding(**record)
+                    self.table.add(_sound(binding, exchange=exchange, queue=queue, key=key))
+        except (ValueError, TypeError, RecursionError, JetStreamTransportError) as exc:
+            logger.warning("ignored an unreadable registry record %s: %s", subject[:200], exc)
 
     def sweep(self) -> None:
         """Remove queues that are unused for as long as they may be.
@@ -281,3 +287,18 @@ class Registry:
                     f"STREAM.PURGE.{self._names.registry_stream}", {"filter": subject}
                 )
         self.apply(subject, b"")
+
+
+R = TypeVar("R", Queue, Exchange, Binding)
+
+
+def _sound(record: R, **names: str) -> R:
+    """Return *record*, or raise ValueError unless it is of what its subject says."""
+    for field_name, expected in names.items():
+        if getattr(record, field_name) != expected:
+            raise ValueError(f"{field_name!r} is not {expected!r}")
+    if not isinstance(record, Queue) and record.type not in EXCHANGE_TYPES:
+        raise ValueError(f"unknown exchange type {record.type!r}")
+    if not isinstance(record, Binding) and not isinstance(record.arguments, dict):
+        raise ValueError("'arguments' is no object")
+    return record

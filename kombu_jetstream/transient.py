@@ -91,6 +91,8 @@ class TransientQueue:
                 on_message(msg)
             except StopIteration:  # a wider subscription than the pattern, or unbound meanwhile
                 return
+            except ValueError:  # a subject that is not ours: anybody may publish there
+                logger.debug("ignored a message on %r", msg.subject)
 
         for subject in subjects:
             bound.sids.append(self._connection.subscribe(subject, deliver))

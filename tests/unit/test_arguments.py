@@ -94,6 +94,12 @@ def test_bad_priorities_are_refused(value: Any) -> None:
         parse(x_max_priority=value)
 
 
+def test_arguments_that_are_no_mapping_are_refused() -> None:
+    bad: Any = ["x-expires"]
+    with pytest.raises(PreconditionFailed, match="queue 'q' are no mapping"):
+        QueueArguments.parse("q", bad)
+
+
 def test_a_maximum_of_0_is_no_priorities() -> None:
     assert parse(x_max_priority=0).max_priority is None
     assert parse(x_max_priority=255).max_priority == 255
