@@ -18,6 +18,7 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import celery
 from billiard.einfo import ExceptionInfo
 from celery.exceptions import Ignore, Reject, Retry, Terminated, TimeLimitExceeded
 from celery.worker import state
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
     from .worker import WorkerHooks
 
 __all__ = ["hooked"]
+
+#: Whether Celery stores a failure for a `Reject` without requeue; before 5.7 it stored nothing.
+REJECT_IS_FAILURE = celery.VERSION >= (5, 7)
 
 
 def hooked(base: type[Request], worker: WorkerHooks) -> type[Request]:
@@ -75,6 +79,10 @@ class _HookedRequest(Request):
         self._outcome = self._outcome_of(error)
         if self._outcome == "failed":
             self._death = self._worker.death_of(self, exc_info)
+        if isinstance(error, DeadLettered) and not REJECT_IS_FAILURE:
+            self.task.backend.mark_as_failure(
+                self.id, error, request=self._context, store_result=self.store_errors
+            )
         try:
             super().on_failure(exc_info, send_failed_event, return_ok)
         finally:
