@@ -56,6 +56,7 @@ class WorkerHooks:
         #: tasks we have seen, and what they had as `Request` of their own
         self._tasks: dict[Task, Any] = {}
         self._without: dict[Any, set[str]] = {}
+        self._stopped = False
 
     # Start and end
 
@@ -90,7 +91,11 @@ class WorkerHooks:
         return found
 
     def stop(self) -> None:
-        """Undo all that `start` did."""
+        """Undo all that `start` did.
+
+        A worker that goes on has requests of our class until it connects again; they do nothing.
+        """
+        self._stopped = True
         for task, request_class in self._tasks.items():
             if request_class is None:
                 task.__dict__.pop("Request", None)
@@ -127,6 +132,8 @@ class WorkerHooks:
 
     def ended(self, request: Request, outcome: Outcome) -> None:
         """Count one execution."""
+        if self._stopped:
+            return
         try:
             self.stats.ended(request.task.name, _queue_of(request), outcome)
         except Exception:
@@ -142,6 +149,8 @@ class WorkerHooks:
 
     def _death_of(self, request: Request, einfo: ExceptionInfo) -> Death | None:
         task, error = request.task, error_of(einfo)
+        if self._stopped:
+            return None
         if not request.message.delivery.token:
             return None  # of a Broadcast queue: every worker has it, and no queue to go back to
         if isinstance(error, DeadLettered):

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from billiard.einfo import ExceptionInfo
 from celery import Celery, Task, signals
 from celery.app.trace import build_tracer
 from celery.worker.consumer.gossip import Gossip
@@ -308,6 +309,27 @@ def test_uninstall_in_a_running_worker(worker: Any) -> None:
 
     assert not is_wrapped(app.tasks["shop.pay"])
     assert "jetstream" not in Mingle.compatible_transports
+
+
+def test_requests_of_before_an_uninstall_do_nothing(
+    hooks: Hooks, worker: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = make_app()
+    worker(app)
+    taken = hooks._workers[app]
+    request = SimpleNamespace(task=app.tasks["shop.pay"], message=SimpleNamespace(queue="q"))
+    taken.ended(request, "succeeded")
+    try:
+        raise ValueError
+    except ValueError:
+        einfo = ExceptionInfo()
+
+    celery_ext.uninstall(app)
+    taken.ended(request, "succeeded")
+
+    assert taken.death_of(request, einfo) is None
+    assert taken.stats.report()["tasks"]["shop.pay"]["q"]["processed"] == 1
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(
