@@ -89,7 +89,8 @@ class Transport(base.Transport):
         """
         parsed, settings = self.settings()
         if parsed.fallback_url is not None:
-            return _fallback().open_session(self.client, parsed, settings)
+            session: Session = _fallback().open_session(self.client, parsed, settings)
+            return session
         return Session(self.client, parsed, settings)
 
     def settings(self) -> tuple[options.Options, ConnectionSettings]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from celery import Celery
-from kombu.entity import Exchange, Queue
 from kombu.common import Broadcast
+from kombu.entity import Exchange, Queue
 
 from tests.acceptance.app import make_app
 

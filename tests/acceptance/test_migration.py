@@ -82,7 +82,7 @@ class Rolling:
 
     def roll(self, phase: str) -> None:
         """Bring everything to *phase*: a new worker for each old one, then the producers."""
-        for old in self._workers or [None, None]:
+        for old in list[Any](self._workers) or [None, None]:
             self._number += 1
             new = self.site(phase).worker(f"w{self._number}-{phase}")
             new.start().wait_ready()

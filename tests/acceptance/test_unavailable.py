@@ -17,7 +17,7 @@ from tests.servers import free_port, run_nats_server
 pytestmark = pytest.mark.nats29
 
 #: Celery's own settings, which the acceptance app changes for its workers.
-CELERY_DEFAULTS = {
+CELERY_DEFAULTS: dict[str, Any] = {
     "broker_connection_timeout": 4.0,
     "task_publish_retry": True,
     "task_publish_retry_policy": {

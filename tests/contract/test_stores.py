@@ -467,7 +467,7 @@ def test_one_prefetch_limit_covers_both_stores(
     _send_to_redis(shared_redis_server, lists.prefix, queue, 100)
 
     receiver = Receiver(connection, queue, prefetch=prefetch)
-    held = []
+    held: list[Any] = []
     while len(receiver.messages) < 200:
         receiver.receive(len(held) + 1)
         held.append(len(receiver.channel.qos))

@@ -76,7 +76,8 @@ def server(tmp_path: Path) -> Iterator[NatsServer]:
 
 @pytest.fixture
 def trap(server: NatsServer) -> Iterator[Trap]:
-    with Trap(server.port) as trap:
+    trap = Trap(server.port)
+    with trap:
         yield trap
 
 

@@ -253,7 +253,7 @@ def test_a_drain_that_lost_its_lock_stops(stores: Any, redis_server: RedisServer
             taken()
             both.client.set("_kombu_jetstream.drain_lock", "another one")
 
-        drain._take_lock = overtaken  # type: ignore[method-assign]
+        drain._take_lock = overtaken
 
         with pytest.raises(ConnectionLost, match="another one may have begun"):
             drain.run(["q"])
