@@ -29,7 +29,7 @@ from .message import Message
 from .protocol import Msg, parse_headers
 from .pulls import SLOTS, WAIT_SLOT, Cancel, Source
 from .settling import Settling
-from .tasks import Taker, check_event, check_fields, taker_of
+from .tasks import Taker, check_event, check_fields, runs_elsewhere, taker_of
 from .topology import LEVELS, decode_token
 
 if TYPE_CHECKING:
@@ -95,6 +95,8 @@ class Consuming(Settling):
         transient = session.transient.get(queue)
         if transient is None and not session.durable_routes("", queue):
             raise QueueMissing(queue)
+        elsewhere = runs_elsewhere(callback)
+        self.may_settle_late = elsewhere and (self.may_settle_late or not self._consumers)
         self._consumers[tag] = _Consumer(
             tag, queue, callback, no_ack, self, on_cancel, taker_of(callback)
         )
@@ -457,7 +459,9 @@ class Consuming(Settling):
         """Ask for more, as there is room; a lost connection is for whoever reads it to notice."""
         if self.closed:
             return
-        if self._sources:
+        if self._session.is_collecting:
+            self.dirty = True  # once, at the end of the tick
+        elif self._sources:
             try:
                 self.refill()
             except ConnectionLost as exc:

@@ -98,6 +98,10 @@ class Session:
     #: what `Transport.create_channel` makes, None for its own class
     channel_class: type[Channel] | None = None
 
+    #: what is written waits for the end of the event loop's tick
+    is_collecting = False
+    _loop_thread = 0
+
     def __init__(
         self, client: kombu.Connection, options: Options, settings: ConnectionSettings
     ) -> None:
@@ -268,6 +272,8 @@ class Session:
     def register(self, loop: Any) -> None:
         """Let an event loop (kombu's hub) read this connection from now on."""
         self._loop = loop
+        self._loop_thread = threading.get_ident()
+        loop.on_tick.add(self._end_collecting)  # the last thing before it waits
         loop.add_reader(self.nats.fileno(), self.on_readable)
         self._timer = loop.call_repeatedly(TICK, self.tick)
         self.wake_loop()
@@ -276,6 +282,8 @@ class Session:
         loop, self._loop = self._loop, None
         if loop is None:
             return
+        self._end_collecting()
+        loop.on_tick.discard(self._end_collecting)
         self._timer.cancel()
         try:
             loop.remove(self.nats.fileno())
@@ -308,6 +316,43 @@ class Session:
         if self._loop is not None and not self._scheduled and not self._dispatching:
             self._scheduled = True
             self._loop.call_soon(self._dispatch_all)
+
+    def begin_write(self, may_wait: bool) -> bool:
+        """Collect what is written, to send it in one go: until `end_write`, which the caller calls.
+
+        If it *may_wait* and this is an event loop's thread, until the end of the loop's tick; then
+        there is nothing to call, and True is returned.
+        """
+        may_wait = may_wait and self._loop is not None
+        if not (may_wait and threading.get_ident() == self._loop_thread):
+            self.nats.cork()
+            return False
+        if not self.is_collecting:
+            self.is_collecting = True
+            self.nats.cork()
+        return True
+
+    def end_write(self) -> None:
+        """Send what was collected.
+
+        Never raises for a lost connection: the ledger sends acknowledgements again, the reader
+        notices.
+        """
+        try:
+            self.nats.uncork()
+            if self.is_collecting:  # others wait, this may not
+                self.nats.flush()
+        except ConnectionLost as exc:
+            logger.debug("lost the connection in a write: %s", exc)
+
+    def _end_collecting(self) -> None:
+        if not self.is_collecting:
+            return
+        self.is_collecting = False
+        try:
+            self._after_read()
+        finally:
+            self.end_write()
 
     def tick(self, now: float | None = None) -> None:
         """Do what no message triggers: renew silent pulls, retry, watch the server."""

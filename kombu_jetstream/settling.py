@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from . import deadletter, envelope, extensions
-from .backend import Delivery
+from .backend import Delivery, Outcome
 from .deadletter import DeadLetter, Reason
 from .declaring import Declaring
 from .errors import (
@@ -44,6 +44,8 @@ class Settling(Declaring):
         self._pulls = Pulls(guard=session.options.starvation_guard)
         self.ready: Ready[Delivery] = Ready(self._pulls)
         self.qos = QoS(self._pulls)
+        #: no task runs in the event loop's thread after an acknowledgement
+        self.may_settle_late = False
         #: deliveries whose dead letter is not confirmed yet
         self._letters: set[Delivery] = set()
 
@@ -75,12 +77,23 @@ class Settling(Declaring):
         """Put a delivery back, to be delivered again after *delay* seconds."""
         self._settle(delivery_tag, "nak", delay)
 
-    def _settle(self, tag: int, outcome: Any, delay: float | None = None) -> None:
-        with self._session.lock:
+    def _settle(self, tag: int, outcome: Outcome, delay: float | None = None) -> None:
+        session = self._session
+        with session.lock:
             delivery = self._release(tag)
             delivery.settled = True
-        delivery.settler.settle(delivery, outcome, delay)
-        self._after_settle()
+        if outcome != "ack":
+            delivery.settler.settle(delivery, outcome, delay)
+            self._after_settle()
+            return
+        # The acknowledgement and what asks for more are one write, or one for all of a tick.
+        waits = session.begin_write(self.may_settle_late)
+        try:
+            delivery.settler.settle(delivery, outcome, delay)
+            self._after_settle()
+        finally:
+            if not waits:
+                session.end_write()
 
     def _release(self, tag: int) -> Delivery:
         try:

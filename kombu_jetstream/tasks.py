@@ -17,7 +17,14 @@ from typing import Any, Literal, TypeAlias
 
 from .errors import MalformedMessage, shortened
 
-__all__ = ["Taker", "check_body", "check_event", "check_fields", "taker_of"]
+__all__ = [
+    "Taker",
+    "check_body",
+    "check_event",
+    "check_fields",
+    "runs_elsewhere",
+    "taker_of",
+]
 
 #: What of a worker takes the messages of a consumer, if it is a part that takes things for granted.
 Taker: TypeAlias = Literal["tasks", "gossip"] | None
@@ -26,6 +33,10 @@ _TAKERS: dict[str, Taker] = {
     "celery.worker.consumer.consumer": "tasks",
     "celery.worker.consumer.gossip": "gossip",
 }
+
+
+#: Pools whose tasks run in other processes or threads, not where messages are read.
+_POOLS_ELSEWHERE = frozenset({"celery.concurrency.prefork", "celery.concurrency.thread"})
 
 
 def taker_of(callback: object) -> Taker:
@@ -37,6 +48,16 @@ def taker_of(callback: object) -> Taker:
     handler = getattr(getattr(callback, "__self__", None), "on_message", None)
     handler = getattr(handler, "func", handler)  # gossip's is a partial
     return _TAKERS.get(getattr(handler, "__module__", None) or "")
+
+
+def runs_elsewhere(callback: object) -> bool:
+    """Tell whether *callback* hands tasks to a pool that runs none in the event loop's thread.
+
+    The kombu ``Consumer`` of Celery's tasks has its worker's ``on_decode_error``.
+    """
+    worker = getattr(getattr(callback, "__self__", None), "on_decode_error", None)
+    pool = getattr(getattr(worker, "__self__", None), "pool", None)
+    return taker_of(callback) == "tasks" and type(pool).__module__ in _POOLS_ELSEWHERE
 
 
 def _is_id(value: object) -> bool:
