@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import envelope
 from .consuming import Consuming
-from .errors import ConnectionLost, NoRoute
+from .errors import JetStreamTransportError, NoRoute
 from .message import Message
 from .pulls import IDLE_HEARTBEAT
 
@@ -97,8 +97,8 @@ class Channel(Consuming):
         if session.nats.is_open:
             try:
                 self._close_orderly()
-            except ConnectionLost as exc:
-                logger.debug("lost the connection while closing a channel: %s", exc)
+            except JetStreamTransportError as exc:
+                logger.debug("while closing a channel: %s", exc)
         self.lose()
 
     def _close_orderly(self) -> None:

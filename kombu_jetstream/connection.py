@@ -189,6 +189,19 @@ class NatsConnection:
         if self._denials:
             raise self._denials.popleft()
 
+    def denial(self, prefix: bytes) -> PermissionDenied | None:
+        """Return, once, that this user may not publish to a subject that begins with *prefix*.
+
+        For what is published without being a request; a request gets it as its answer.
+        """
+        for error in list(self._denials):
+            # The server may spell the subject in lower case.
+            is_it = error.subject.lower().startswith(prefix.decode().lower())
+            if is_it and error.operation == "publish":
+                self._denials.remove(error)
+                return error
+        return None
+
     def _usable(self) -> socket.socket:
         """Return the socket, or raise why there is none."""
         if self.pid != os.getpid():

@@ -218,8 +218,10 @@ class Consuming(Settling):
             inbox = session.nats.new_inbox()
             sid = session.nats.subscribe(inbox, answers.append)
             try:
-                jetstream.pull(jetstream.pull_subject(queue, level), 1, False, inbox)
-                if not session.nats.wait(partial(bool, answers), session.options.publish_timeout):
+                subject = jetstream.pull_subject(queue, level)
+                jetstream.pull(subject, 1, False, inbox)
+                timeout = session.options.publish_timeout
+                if not jetstream.wait_answered(partial(bool, answers), subject, timeout):
                     continue
             finally:
                 session.nats.unsubscribe(sid)

@@ -25,6 +25,7 @@ from .errors import (
     JetStreamTransportError,
     JetStreamUnavailable,
     NoResponders,
+    PermissionDenied,
     RequestTimeout,
     TopologyMismatch,
 )
@@ -427,7 +428,7 @@ class JetStream:
             while True:
                 ended, wanted = False, removed + 1000
                 self.pull(subject, 1000, False, inbox)
-                if not connection.wait(is_over, API_TIMEOUT):
+                if not self.wait_answered(is_over, subject, API_TIMEOUT):
                     raise RequestTimeout(subject.decode(), API_TIMEOUT)
                 if ended:
                     return removed
@@ -483,6 +484,29 @@ class JetStream:
                 _unwrap(answer)
 
     # -- pulls and settling ------------------------------------------------------------------
+
+    @property
+    def pull_prefix(self) -> bytes:
+        """What the subjects of all pulls begin with."""
+        return f"{self._prefix}CONSUMER.MSG.NEXT.".encode()
+
+    def wait_answered(self, ready: Callable[[], bool], subject: bytes, timeout: float) -> bool:
+        """Wait until *ready*, at most *timeout* seconds, for what was published to *subject*.
+
+        Returns whether it is; raises `PermissionDenied` if the server refused the subject.
+        """
+        denials: list[PermissionDenied] = []
+
+        def is_over() -> bool:
+            denied = self.connection.denial(subject)
+            if denied is not None:
+                denials.append(denied)
+            return bool(denials) or ready()
+
+        is_ready = self.connection.wait(is_over, timeout)
+        if denials:
+            raise denials[0]
+        return is_ready
 
     def pull_subject(self, queue_name: str, level: Level) -> bytes:
         """Return the subject to which pulls of one queue and level go."""

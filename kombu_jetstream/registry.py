@@ -136,7 +136,7 @@ class Registry:
                     "batch": PAGE,
                 }
                 connection.publish(subject, json.dumps(request).encode(), inbox)
-                if not connection.wait(is_over, API_TIMEOUT):
+                if not self._jetstream.wait_answered(is_over, subject, API_TIMEOUT):
                     raise RequestTimeout(subject.decode(), API_TIMEOUT)
                 if pending == -1:
                     raise NoResponders(subject.decode())

@@ -376,6 +376,10 @@ class Session:
             self.registry.sweep()
 
     def _after_read(self) -> None:
+        if self.nats.is_open:
+            denied = self.nats.denial(self.jetstream.pull_prefix)
+            if denied is not None:
+                raise denied  # a consumer would wait in silence
         for channel in list(self.channels):
             if channel.dirty:
                 channel.after_read()
