@@ -109,7 +109,15 @@ def test_late_ack_task_whose_connection_is_cut_runs_once(
 
 
 @pytest.mark.pools
-@pytest.mark.parametrize("fault", ["restart", "cut"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "restart",
+        # 2.9.10 loses sight of a message given back while it still keeps a pull of a client that
+        # is gone (consumer.go, "We will redo this one"): it comes after its lease.
+        pytest.param("cut", marks=pytest.mark.requires_nats("2.10")),
+    ],
+)
 def test_reserved_tasks_come_back_at_once_after_a_loss(
     server: NatsServer,
     proxy_to: Callable[[int], TcpProxy],
@@ -188,6 +196,23 @@ def test_worker_goes_on_within_five_seconds_of_the_servers_return(
 
     assert resumed_after < 5.0
     site.wait_ended(confirmed, within=30)
+
+
+def test_nothing_is_lost_or_repeated_when_the_server_freezes(
+    server: NatsServer, make_site: Callable[..., Site]
+) -> None:
+    """A virtual machine that is moved, a disk that stalls: connections stay, nothing answers."""
+    site = make_site(server.broker_url, "frozen")
+    start_all([site.worker(concurrency=2)])
+    task_ids = site.send("nap_late", 200, 0.02)
+    eventually(lambda: len(site.ledger.ends()) > 30, within=20)
+
+    server.pause()
+    time.sleep(DOWN)
+    server.resume()
+
+    site.wait_ended(task_ids, within=20)
+    site.assert_each_ran_once(task_ids)
 
 
 def test_all_late_ack_tasks_of_a_killed_worker_come_back(
