@@ -1,0 +1,131 @@
+"""When acknowledgements leave: at once where tasks run in this process, else once in a tick."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kombu.asynchronous import Hub
+from kombu.connection import Connection
+from kombu.entity import Exchange, Queue
+from kombu.messaging import Consumer, Producer
+
+from kombu_jetstream.server import NatsServer
+from tests.acceptance.app import make_app
+from tests.servers import CeleryWorker, eventually
+
+QUEUE = Queue("writes", Exchange("writes"), routing_key="writes")
+
+
+@pytest.fixture
+def connection(nats_server: NatsServer) -> Iterator[Connection]:
+    with Connection(nats_server.broker_url) as connection:
+        yield connection
+
+
+@pytest.fixture
+def other(nats_server: NatsServer) -> Iterator[Any]:
+    """Another channel, to see what the server knows."""
+    with Connection(nats_server.broker_url) as connection:
+        yield connection.default_channel
+
+
+def in_flight(channel: Any, queue_name: str) -> int:
+    counts = channel.connection.jetstream.counts(queue_name)
+    return int(counts.in_flight) if counts is not None else 0
+
+
+def publish(channel: Any, count: int) -> None:
+    QUEUE(channel).declare()
+    producer = Producer(channel, exchange=QUEUE.exchange, routing_key=QUEUE.routing_key)
+    for number in range(count):
+        producer.publish({"number": number})
+
+
+@pytest.fixture
+def run_loop(connection: Connection) -> Iterator[Any]:
+    """Runs an event loop that reads *connection*, until a condition holds."""
+    hub = Hub()
+    connection.transport.register_with_event_loop(connection.connection, hub)
+    loop = hub.create_loop()
+
+    def run(until: Any) -> None:
+        def tick() -> Any:
+            next(loop)
+            return until()
+
+        eventually(tick, 10)
+
+    yield run
+    connection.transport.unregister_from_event_loop(connection.connection, hub)
+    hub.close()
+
+
+def test_an_acknowledgement_leaves_before_the_code_after_it_runs(
+    connection: Connection, other: Any, run_loop: Any
+) -> None:
+    publish(connection.default_channel, 2)
+    seen: list[int] = []
+
+    def on_message(message: Any) -> None:
+        before = in_flight(other, "writes")
+        message.ack()
+        eventually(lambda: in_flight(other, "writes") == before - 1, 5)
+        seen.append(message.payload["number"])
+
+    with Consumer(connection.channel(), [QUEUE], on_message=on_message):
+        run_loop(lambda: len(seen) == 2)
+
+    assert seen == [0, 1]
+
+
+def test_acknowledgements_of_a_tick_leave_together_when_tasks_run_elsewhere(
+    connection: Connection, other: Any, run_loop: Any
+) -> None:
+    publish(connection.default_channel, 3)
+    channel = connection.channel()
+    held: list[Any] = []
+
+    with Consumer(channel, [QUEUE], on_message=held.append):
+        channel.may_settle_late = True  # as in a worker with the prefork pool
+        run_loop(lambda: len(held) == 3)
+        for message in held:
+            message.ack()
+        assert channel.connection.is_collecting
+        assert in_flight(other, "writes") == 3
+        run_loop(lambda: in_flight(other, "writes") == 0)
+
+    assert not channel.connection.is_collecting
+
+
+def test_what_waits_for_the_end_of_a_tick_is_sent_when_the_loop_is_left(
+    connection: Connection, other: Any, run_loop: Any
+) -> None:
+    publish(connection.default_channel, 1)
+    channel = connection.channel()
+    held: list[Any] = []
+
+    with Consumer(channel, [QUEUE], on_message=held.append):
+        channel.may_settle_late = True
+        run_loop(lambda: len(held) == 1)
+        held[0].ack()
+        connection.transport.unregister_from_event_loop(connection.connection, None)
+
+        eventually(lambda: in_flight(other, "writes") == 0, 5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_a_worker_acknowledges_early_whatever_its_tasks_do(
+    folder: Path, nats_server: NatsServer, other: Any, pool: str
+) -> None:
+    app = make_app(broker_url=nats_server.broker_url)
+    with CeleryWorker(folder, nats_server.broker_url, pool=pool, concurrency=1) as worker:
+        app.tasks["nap"].delay(5)
+        eventually(lambda: worker.ledger.starts().total() == 1, 20)
+
+        eventually(lambda: in_flight(other, "celery") == 0, 3)
+
+        assert worker.ledger.ends().total() == 0
