@@ -65,7 +65,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help=f"{QUICK_ROUNDS} rounds of {QUICK_SCALE:.0%} of the work: a first look",
+        help=f"{QUICK_ROUNDS} rounds of {QUICK_SCALE:.0%}% of the work: a first look",
     )
     parser.add_argument("--scale", type=float, help="how much of the work, 1.0 is all")
     parser.add_argument(
