@@ -40,6 +40,8 @@ class LongTasks:
         self.sites = {pool: make_site(f"{broker_url}/{pool}", pool) for pool in POOLS}
         self.workers = {pool: site.worker(pool=pool) for pool, site in self.sites.items()}
         self.sent: dict[str, list[str]] = {}
+        #: answers to ``inspect ping`` afterwards
+        self.answers: dict[str, object] = {}
 
     def start(self, seconds: float) -> None:
         start_all(self.workers.values())
@@ -55,6 +57,9 @@ class LongTasks:
         later = {pool: site.send("noop", 1) for pool, site in self.sites.items()}
         for pool, site in self.sites.items():
             site.wait_ended(later[pool], within=15)
+        for pool, site in self.sites.items():
+            hostname = self.workers[pool].hostname
+            self.answers[pool] = site.client.control.inspect([hostname], timeout=5).ping()
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +111,15 @@ def test_late_ack_task_whose_connection_is_cut_runs_once(
     through_a_cut: LongTasks, pool: str
 ) -> None:
     through_a_cut.sites[pool].assert_each_ran_once(through_a_cut.sent[pool])
+
+
+@pytest.mark.pools
+@pytest.mark.parametrize("pool", POOLS)
+def test_remote_control_works_again_after_a_loss(
+    through_a_restart: LongTasks, through_a_cut: LongTasks, pool: str
+) -> None:
+    for tasks in (through_a_restart, through_a_cut):
+        assert tasks.answers[pool] == {tasks.workers[pool].hostname: {"ok": "pong"}}
 
 
 @pytest.mark.pools
