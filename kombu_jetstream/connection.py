@@ -147,6 +147,8 @@ class NatsConnection:
         self._denials: deque[PermissionDenied] = deque(maxlen=MAX_DENIALS)
         self._heard = True
         self._reads = self._reads_seen = 0
+        #: Monotonic time of the last look at the socket.
+        self.read_at = 0.0
         self._ping_due = 0.0
         self._pings_out = 0
 
@@ -204,9 +206,7 @@ class NatsConnection:
 
     def _usable(self) -> socket.socket:
         """Return the socket, or raise why there is none."""
-        if self.pid != os.getpid():
-            self._leave_to_parent()
-        if self._failure is not None:
+        if self._failure is not None:  # in a forked child, too: `_leave_all_to_parent`
             raise self._failure.with_traceback(None)
         if self._sock is None:
             raise ConnectionLost("not connected, call connect() first")
@@ -429,7 +429,7 @@ class NatsConnection:
         """
         with self._lock:
             self._corks -= 1
-            if self._corks or self._failure is not None or self._send():
+            if self._corks or not self._out or self._failure is not None or self._send():
                 return
         self._wait_for_room()
 
@@ -693,6 +693,7 @@ class NatsConnection:
         if self._is_receiving:
             return False, None  # the call we interrupted reads it
         self._reads += 1
+        self.read_at = time.monotonic()
         try:
             self._is_receiving = True
             data = sock.recv(READ_BYTES)

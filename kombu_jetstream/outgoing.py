@@ -35,6 +35,9 @@ DEDUP_HEADER = "dedup_id"
 #: Longest of them that becomes the message id as it is; the server keeps ids in memory.
 MAX_MESSAGE_ID = 200
 
+#: Subjects kept for the next message to the same exchange and routing key.
+MAX_SUBJECTS = 10_000
+
 
 class _MessageIds:
     """Unique ids, cheaper than a UUID each: a random prefix and a counter.
@@ -65,6 +68,8 @@ class Outgoing:
         self._pipelined = session.options.publish_confirms == "pipelined"
         #: subjects by queue and level; as many as there are queues
         self._subjects: dict[tuple[str, Level], bytes] = {}
+        #: subjects by exchange and routing key
+        self._transient_subjects: dict[tuple[str, str], bytes] = {}
         #: ``dedup_id``, group and task id of the last task of a group that had one
         self._grouped: tuple[str, Any, Any] | None = None
 
@@ -108,21 +113,35 @@ class Outgoing:
         if not exchange and queues:
             self._store(queues[0], message, payload, False, timeout)
             return True
-        names, nats = self._session.jetstream.names, self._session.nats
-        if exchange:
-            subject = names.exchange(exchange, key_subject(routing_key)).encode()
-        else:
-            subject = names.transient_queue(routing_key).encode()
+        nats = self._session.nats
+        subject = self._transient_subject(exchange, routing_key)
         if not queues:
             if mandatory:
                 return self._heard(subject, payload)
             nats.publish(subject, payload)
             return True
-        with nats.corked():  # both leave in one write: the confirm is waited for in here
+        nats.cork()  # both leave in one write: the confirm is waited for in here
+        try:
             nats.publish(subject, payload)
             for queue in queues:
                 self._store(queue, message, payload, len(queues) > 1, timeout)
+        finally:
+            nats.uncork()
         return True
+
+    def _transient_subject(self, exchange: str, routing_key: str) -> bytes:
+        """Return the subject on which transient queues hear of a message."""
+        subject = self._transient_subjects.get((exchange, routing_key))
+        if subject is None:
+            names = self._session.jetstream.names
+            if exchange:
+                subject = names.exchange(exchange, key_subject(routing_key)).encode()
+            else:
+                subject = names.transient_queue(routing_key).encode()
+            if len(self._transient_subjects) >= MAX_SUBJECTS:  # keys may have ids in them
+                self._transient_subjects.clear()
+            self._transient_subjects[exchange, routing_key] = subject
+        return subject
 
     def forward(
         self, message: envelope.Envelope, exchange: str, routing_key: str, message_id: str

@@ -124,7 +124,7 @@ class Session:
         self._closed = False
         self._dispatching = False
         self._ready_transient: dict[str, TransientQueue] = {}
-        self._news_read = self._route_checked = float("-inf")
+        self._route_checked = float("-inf")
         self._next_tick = time.monotonic() + TICK
         #: why dead letters could not be stored, until one is again
         self._letter_failures: set[str] = set()
@@ -427,8 +427,7 @@ class Session:
         if found and not exchange:
             return found
         now = time.monotonic()
-        if now - self._news_read > NEWS_INTERVAL:
-            self._news_read = now
+        if now - self.nats.read_at > NEWS_INTERVAL:
             self.nats.read_available()
             found = self._lookup(exchange, routing_key)
         if not found and (not exchange or now - self._route_checked > ROUTE_RECHECK):
