@@ -105,8 +105,6 @@ class Message(base.Message):
         if self.channel is None:
             raise self.MessageStateError("This message does not have a receiving channel")
         if self.acknowledged:
-            raise self.MessageStateError(
-                f"Message already acknowledged with state: {self._state}"
-            )
+            raise self.MessageStateError(f"Message already acknowledged with state: {self._state}")
         self.channel.nack_later(self.delivery_tag, delay)
         self._state = "REQUEUED"
