@@ -22,6 +22,7 @@ from kombu.entity import Exchange, Queue
 from kombu.messaging import Consumer, Producer
 
 from . import filling
+from .processes import cpu_seconds
 
 __all__ = ["main"]
 
@@ -301,6 +302,48 @@ def send_tasks(parameters: Parameters) -> Figures:
     return {"seconds": time.perf_counter() - start}
 
 
+def costs(parameters: Parameters) -> Figures:
+    """Publish ``count`` messages and consume them; return microseconds of CPU for one.
+
+    Of this process, of the busiest of the servers ``pids`` (it leads the stream), and of the rest.
+    """
+    figures: Figures = {}
+    count = parameters["count"]
+    with connected(parameters) as connection:
+        queue = declared(connection, parameters["queue"])
+        channel: Any = connection.default_channel
+        call = publisher(connection, queue, parameters["size"])
+        for _ in range(WARM_UP):
+            call()
+        settle(channel, queue)
+        before = _cpu_times(parameters["pids"])
+        for _ in range(count):
+            call()
+        settle(channel, queue)
+        figures |= _cost_of("publish", count, before, _cpu_times(parameters["pids"]))
+
+        before = _cpu_times(parameters["pids"])
+        _consume(connection, [queue], 256, count - WARM_UP, PATIENCE)
+        figures |= _cost_of("consume", count, before, _cpu_times(parameters["pids"]))
+        queue(channel).delete()
+    return figures
+
+
+def _cpu_times(pids: list[int]) -> list[float]:
+    """Return CPU seconds of this process and of *pids*."""
+    return [time.process_time(), *(cpu_seconds([pid]) for pid in pids)]
+
+
+def _cost_of(verb: str, count: int, before: list[float], after: list[float]) -> Figures:
+    client, *servers = ((b - a) / count * 1e6 for a, b in zip(before, after, strict=True))
+    leader = max(servers, default=0.0)
+    return {
+        f"{verb}: client": client,
+        f"{verb}: leader": leader,
+        f"{verb}: others": sum(servers) - leader,
+    }
+
+
 def latency(parameters: Parameters) -> Figures:
     """Send ``rate`` tasks a second, one after the other, and wait for each result.
 
@@ -341,6 +384,7 @@ CLIENTS: dict[str, Callable[[Parameters], Figures]] = {
         queues,
         delay,
         send_tasks,
+        costs,
         latency,
     )
 }

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from typing import Any, Literal
 from tests.servers import eventually, python_env, session_members
 
 from .brokers import Broker
+from .processes import cpu_seconds, resident_megabytes
 
 __all__ = ["CONTENDERS", "WORKLOADS", "Bench", "Contender", "Metric", "Workload"]
 
@@ -34,8 +35,6 @@ WORKER_TIMEOUT = 60.0
 
 #: Bytes of a message's body, where nothing else is said.
 BODY = 800
-
-CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True)
@@ -244,9 +243,7 @@ class Worker:
 
     def resident_megabytes(self) -> float:
         """Return the memory of the process that talks to the broker."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        kilobytes = next(line for line in status.splitlines() if line.startswith("VmRSS"))
-        return int(kilobytes.split()[1]) / 1024
+        return resident_megabytes(self.process.pid)
 
     def stop(self) -> None:
         if self.process.poll() is None:
@@ -257,15 +254,6 @@ class Worker:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
-
-
-def cpu_seconds(pids: Sequence[int]) -> float:
-    ticks = 0
-    for pid in pids:
-        with contextlib.suppress(OSError):
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            ticks += int(fields[11]) + int(fields[12])
-    return ticks / CLOCK_TICKS
 
 
 # How each is measured
@@ -465,6 +453,17 @@ def levels(bench: Bench, contender: Contender) -> Figures:
     return {"publish": publish(bench, contender)["rate"], **consume(bench, contender)}
 
 
+def costs(bench: Bench, contender: Contender) -> Figures:
+    return bench.client(
+        "costs",
+        contender,
+        queue=bench.new_name("costs"),
+        count=bench.count(20_000),
+        size=BODY,
+        pids=bench.brokers[contender.broker].pids(),
+    )
+
+
 SIZES = [200, 4096, 204_800]
 DEPTHS = [1000, 100_000, 1_000_000]
 NUMBERS = [1, 20, 200]
@@ -598,6 +597,21 @@ WORKLOADS = {
                 Metric("prefetch 256", "consume, prefetch 256"),
             ),
             levels,
+        ),
+        Workload(
+            "costs",
+            "CPU for one message, pipelined, prefetch 256",
+            ("pipelined", "r3-pipelined"),
+            tuple(
+                Metric(f"{verb}: {who}", f"{verb}, {title}", "us", "lower")
+                for verb in ("publish", "consume")
+                for who, title in (
+                    ("client", "client"),
+                    ("leader", "stream's leader"),
+                    ("others", "other servers"),
+                )
+            ),
+            costs,
         ),
     )
 }
