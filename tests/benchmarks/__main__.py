@@ -12,6 +12,7 @@ import datetime
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
+from types import FrameType
 
 from rich.console import Console
 from rich.markup import escape
@@ -96,6 +98,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def _leave(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
 def _chosen(only: Iterable[str] | None) -> Iterator[Workload]:
     for name, workload in WORKLOADS.items():
         if only is None or any(name.startswith(stem) for stem in only):
@@ -104,6 +110,9 @@ def _chosen(only: Iterable[str] | None) -> Iterator[Workload]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = arguments(argv)
+    # Whatever ends this program ends its servers.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _leave)
     if options.results is not None:
         results = Results.load(options.results[0])
         for path in options.results[1:]:
