@@ -111,8 +111,8 @@ def _chosen(only: Iterable[str] | None) -> Iterator[Workload]:
 def main(argv: Sequence[str] | None = None) -> int:
     options = arguments(argv)
     # Whatever ends this program ends its servers.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _leave)
+    for each in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, _leave)
     if options.results is not None:
         results = Results.load(options.results[0])
         for path in options.results[1:]:
