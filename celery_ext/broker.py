@@ -357,6 +357,7 @@ class Broker:
         domain = options.jetstream_domain
         self.prefix = f"$JS.{domain}.API." if domain else "$JS.API."
         self._waiting: set[_Waiting] = set()
+        self._there: set[str] = set()
         client.failed = self._failed
 
     @property
@@ -522,17 +523,36 @@ class Broker:
 
     async def get(self, stream: str, **which: Any) -> Stored | None:
         """Return one message, or None: ``seq=…``, ``last_by_subj=…``, or the next from ``seq`` on
-        with ``next_by_subj=…``."""
+        with ``next_by_subj=…``.  A stream that does not exist has none."""
         try:
-            answer = await self.request(
-                f"{self.prefix}DIRECT.GET.{stream}", json.dumps(which).encode()
-            )
+            return await self.get_strictly(stream, **which)
         except NoResponders:
-            return None  # no such stream
-        headers = answer.headers or {}
-        if "Nats-Sequence" not in headers:
+            return None
+
+    async def get_strictly(self, stream: str, **which: Any) -> Stored | None:
+        """Return what `get` does; `NoResponders` without the stream, or a leader of it."""
+        subject = f"{self.prefix}DIRECT.GET.{stream}"
+        if not await self._answers_direct_get(stream):
+            raise NoResponders(subject)
+        answer = await self.request(subject, json.dumps(which).encode())
+        if "Nats-Sequence" not in (answer.headers or {}):
             return None
         return _of_direct_get(answer)
+
+    async def _answers_direct_get(self, stream: str) -> bool:
+        """Tell whether ``DIRECT.GET`` can be asked about *stream*.
+
+        Servers before 2.11 give no answer at all when it does not exist (facts 15).
+        """
+        if self.info.api_level or stream in self._there:
+            return True
+        try:
+            if await self.find(f"STREAM.INFO.{stream}") is None:
+                return False
+        except PermissionDenied:  # a worker's: it may read the registry, and not ask whether it is
+            pass
+        self._there.add(stream)
+        return True
 
     async def pages(self, stream: str, subject: str, size: int) -> AsyncIterator[list[Stored]]:
         """Yield the messages on *subject* (wildcards allowed) in order, up to *size* at a time.
@@ -548,6 +568,8 @@ class Broker:
             seq = page[-1].seq + 1
 
     async def _page(self, stream: str, subject: str, seq: int, size: int) -> list[Stored]:
+        if not await self._answers_direct_get(stream):
+            return []
         ask = {"seq": seq, "next_by_subj": subject, "batch": size}
         async with self._inbox() as (inbox, arrived):
             await self.client.publish(

@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from kombu_jetstream.errors import JetStreamTransportError, NoResponders
+from kombu_jetstream.errors import JetStreamTransportError, JetStreamUnavailable, NoResponders
 
 from .broker import Broker, connect
 
@@ -67,16 +67,12 @@ async def _look(broker: Broker, found: Health) -> None:
     names = broker.names
     try:
         # What every role may do; the answer may be that there is no such message.
-        await broker.request(
-            f"{broker.prefix}DIRECT.GET.{names.registry_stream}",
-            b'{"seq":1,"next_by_subj":"%b.>"}' % names.registry.encode(),
-        )
+        await broker.get_strictly(names.registry_stream, seq=1, next_by_subj=f"{names.registry}.>")
     except NoResponders:
         # Nobody answers for the stream: it is not there, or nobody leads it, or no JetStream.
         found.checks["jetstream"] = broker.info.jetstream or bool(broker.options.jetstream_domain)
         if not found.checks["jetstream"]:
-            found.reason = "JetStream is not enabled on the server"
-            return
+            raise JetStreamUnavailable(str(broker.server)) from None
         found.reason = f"stream {names.registry_stream!r} is missing or has no leader"
         found.checks["streams"] = broker.options.provision == "auto"
     else:

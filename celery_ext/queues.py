@@ -190,6 +190,7 @@ async def pause(broker: Broker, queue_name: str, until: float = UNTIL_RESUMED) -
     What workers hold they finish; publishing goes on.  Raises `QueueMissing`, and `NotSupported`
     before nats-server 2.11.
     """
+    await _check_exists(broker, queue_name)
     if broker.info.api_level < API_LEVEL_PAUSE:
         raise NotSupported(
             f"pausing a queue on nats-server {broker.version}",
@@ -201,16 +202,20 @@ async def pause(broker: Broker, queue_name: str, until: float = UNTIL_RESUMED) -
 
 async def resume(broker: Broker, queue_name: str) -> None:
     """End a pause; no error if there is none.  Raises `QueueMissing`."""
+    await _check_exists(broker, queue_name)
     if broker.info.api_level >= API_LEVEL_PAUSE:
         await _pause(broker, queue_name, {})
 
 
-async def _pause(broker: Broker, queue_name: str, body: dict[str, str]) -> None:
-    queues = await registered_queues(broker)
-    if queue_name not in queues:
+async def _check_exists(broker: Broker, queue_name: str) -> None:
+    if queue_name not in await registered_queues(broker):
         raise QueueMissing(queue_name)
-    for level in _levels_of(broker, queues[queue_name]):
+
+
+async def _pause(broker: Broker, queue_name: str, body: dict[str, str]) -> None:
+    for level in broker.levels:
         stream = broker.names.stream(level)
+        # An auto-delete queue has one level; `find` makes nothing of the others.
         await broker.find(f"CONSUMER.PAUSE.{stream}.{queue_token(queue_name)}", body)
 
 

@@ -318,10 +318,11 @@ def test_the_entry_point_brings_the_command_to_celery(app: celery.Celery, namesp
 
 
 def test_loading_the_command_imports_nothing_heavy() -> None:
-    # Not through celery.bin.celery, which loads the commands of other packages, too.
+    # On top of Celery's own commands, but not through celery.bin.celery: that loads the commands of
+    # other packages, too.
     code = """
 import sys
-import celery.bin.base
+import celery.bin.control, celery.bin.worker, celery.worker.worker
 before = set(sys.modules)
 import celery_ext.cli
 print(*(set(sys.modules) - before))
@@ -356,7 +357,7 @@ def test_health_without_jetstream_is_no(tmp_path: Path) -> None:
         result = cli("health")
 
         assert result.exit_code == EX_UNAVAILABLE
-        assert result.stderr == "unhealthy: JetStream is not enabled on the server\n"
+        assert "has no JetStream; start it with -js" in result.stderr
         status = cli("status")
         assert status.exit_code == EX_UNAVAILABLE
         assert "has no JetStream; start it with -js" in status.stderr

@@ -16,7 +16,7 @@ from celery_ext.queues import pause
 from celery_ext.replay import Replay
 from kombu_jetstream.server import NatsServer
 from tests.letters import application, bury
-from tests.servers import NatsCluster, eventually, free_port
+from tests.servers import NatsCluster, eventually, free_port, nats_server_version
 
 
 @pytest.fixture
@@ -30,8 +30,10 @@ def examine(app: celery.Celery) -> Diagnosis:
 
 
 def troubles(app: celery.Celery) -> list[tuple[str, str, str]]:
-    """Check, severity and message of all that is not as it should be."""
+    """Check, severity and message of all that is not as it should be, but the server's age."""
     findings = examine(app).findings
+    if nats_server_version() < (2, 12):
+        findings = [finding for finding in findings if finding.check != "server"]
     for finding in findings:
         assert finding.severity == "ok" or finding.remedy, finding
     return [(f.check, f.severity, f.message) for f in findings if f.severity != "ok"]
@@ -49,6 +51,16 @@ def test_a_healthy_broker_has_nothing_but_ok(app: celery.Celery) -> None:
     assert [finding.check for finding in diagnosis.findings] == ["server", *doctor.CHECKS]
     assert diagnosis.healthy
     assert diagnosis.reachable
+
+
+def test_an_old_server_is_told_with_what_it_lacks(app: celery.Celery) -> None:
+    (found,) = (finding for finding in examine(app).findings if finding.check == "server")
+
+    lacks_schedules = "tasks that wait in the server" in found.message
+    lacks_ttl = "message TTL" in found.message
+    assert lacks_schedules is (nats_server_version() < (2, 12))
+    assert lacks_ttl is (nats_server_version() < (2, 11))
+    assert found.severity == ("warning" if lacks_schedules else "ok")
 
 
 def test_a_server_that_is_away_is_an_error_with_its_address() -> None:
@@ -220,6 +232,7 @@ def test_a_stream_near_its_limit_is_found(nats_server: NatsServer) -> None:
     assert found[0][2].endswith(" of 20000 bytes")
 
 
+@pytest.mark.requires_nats("2.11")
 @pytest.mark.parametrize(
     ("ahead", "severity"), [(5.0, "warning"), (-5.0, "warning"), (60.0, "error"), (0.2, "ok")]
 )
