@@ -135,8 +135,8 @@ class _ListsChannel(Channel):
         if not self.closed:
             super().after_read()
 
-    def _release(self, tag: int) -> Delivery:
-        delivery = super()._release(tag)
+    def _release(self, tag: int, *, to_die: bool = False) -> Delivery:
+        delivery = super()._release(tag, to_die=to_die)
         self._from_lists -= delivery.settler is self._lists
         return delivery
 

@@ -505,3 +505,23 @@ def test_an_idle_worker_beside_a_busy_one_gets_what_the_busy_one_has_no_room_for
     idle = Receiver(store.connect(), queue, prefetch=3)
     idle.receive(2)
     busy.nothing_more(0.2)
+
+
+# What is refused
+
+
+@durable
+def test_a_rejected_message_does_not_come_back_at_once(store: Store) -> None:
+    """It becomes a dead letter; while JetStream is away, that one waits in Redis."""
+    connection = store.connect()
+    channel = connection.channel()
+    queue = store.queue(channel)
+    send(channel, queue, "x")
+    receiver = Receiver(connection, queue)
+
+    receiver.receive(1)[0].reject()
+
+    receiver.nothing_more()
+    if store.kind == "redis":
+        letter = connection.connection.fallback.lists.next_letter()
+        assert b'"reason": "rejected"' in letter
