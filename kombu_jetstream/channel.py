@@ -128,6 +128,7 @@ class Channel(Consuming):
             if transient is not None:
                 transient.consumers -= 1
         self._consumers.clear()
+        self._consumers_by_queue.clear()
         session.ledger.release(self.qos)
         session.ledger.adopt(d for d in self.qos.deliveries() if d.token)
         if self in session.channels:

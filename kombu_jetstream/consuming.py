@@ -65,6 +65,8 @@ class Consuming(Settling):
         #: something arrived or ended, so `refill` may have something to ask
         self.dirty = False
         self._consumers: dict[str, _Consumer] = {}
+        #: the same by queue, as far as somebody asked
+        self._consumers_by_queue: dict[str, tuple[_Consumer, ...]] = {}
         self._sources: dict[bytes, Source] = {}
         #: when the server last heard that a consumer is in use
         self._touched: dict[Source, float] = {}
@@ -97,6 +99,7 @@ class Consuming(Settling):
             raise QueueMissing(queue)
         elsewhere = runs_elsewhere(callback)
         self.may_settle_late = elsewhere and (self.may_settle_late or not self._consumers)
+        self._consumers_by_queue.pop(queue, None)
         self._consumers[tag] = _Consumer(
             tag, queue, callback, no_ack, self, on_cancel, taker_of(callback)
         )
@@ -135,6 +138,7 @@ class Consuming(Settling):
         self.no_ack_consumers.discard(consumer_tag)
         if consumer is None:
             return
+        self._consumers_by_queue.pop(consumer.queue, None)
         session = self._session
         transient = session.transient.get(consumer.queue)
         if transient is not None:
@@ -169,8 +173,12 @@ class Consuming(Settling):
         if counts is None or not (counts.waiting_pulls or counts.in_flight):
             self.queue_delete(queue)
 
-    def consumers_of(self, queue: str) -> list[_Consumer]:
-        return [consumer for consumer in self._consumers.values() if consumer.queue == queue]
+    def consumers_of(self, queue: str) -> tuple[_Consumer, ...]:
+        found = self._consumers_by_queue.get(queue)
+        if found is None:
+            found = tuple(c for c in self._consumers.values() if c.queue == queue)
+            self._consumers_by_queue[queue] = found
+        return found
 
     def has_consumers(self) -> bool:
         return bool(self._consumers)
@@ -358,6 +366,7 @@ class Consuming(Settling):
             raise ConsumerGone(queue, detail)
         for consumer in callbacks:
             self._consumers.pop(consumer.tag, None)
+            self._consumers_by_queue.pop(queue, None)
             assert consumer.on_cancel is not None
             consumer.on_cancel(consumer.tag)
         self._stop_pulling(queue)
@@ -414,7 +423,7 @@ class Consuming(Settling):
             return False
         consumer = consumers[0]
         if len(consumers) > 1:  # consumers of one queue take turns
-            self._consumers[consumer.tag] = self._consumers.pop(consumer.tag)
+            self._consumers_by_queue[delivery.queue] = (*consumers[1:], consumer)
         return self._call(delivery, consumer)
 
     def hand_on(self, delivery: Delivery, consumer: _Consumer) -> None:

@@ -31,6 +31,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Generic, TypeVar
 
 __all__ = ["SLOTS", "WAIT_SLOT", "Cancel", "Pull", "Pulls", "Ready", "Source"]
@@ -317,15 +318,16 @@ class Pulls:
 
     def _serve(self, level: int, now: float) -> list[Pull | Cancel]:
         """Give the credit to the backlog of *level*, after what else is due."""
-        sources = [s for s in self._hot[level] if s.backlog > 0 and s.retry_at <= now]
         commands: list[Pull | Cancel] = []
         credit = self.limit - self.held - self._asked
-        if credit < self._enough:
-            if any(source.asked for source in sources):
-                return commands  # more at once costs less
-            if credit < sum(source.backlog for source in sources):
-                commands += self._cancel(now)
-                credit = self.limit - self.held - self._asked
+        if credit < self._enough and len(self._outstanding) > self._waiting:
+            return commands  # one is under way, and more at once costs less
+        # As many as there is credit for, however many queues there are.
+        backlogged = (s for s in self._hot[level] if s.backlog > 0 and s.retry_at <= now)
+        sources = list(islice(backlogged, max(1, credit + 1)))
+        if credit < self._enough and credit < sum(source.backlog for source in sources):
+            commands += self._cancel(now)
+            credit = self.limit - self.held - self._asked
 
         for source in self._due_below(level, credit, now):
             batch = min(credit, max(1, credit // self.guard))
@@ -334,7 +336,7 @@ class Pulls:
             credit -= self._take(commands, source, 1, now)
         if credit > 0:
             self._served = True
-        share = max(1, credit // len(sources))
+        share = max(self._enough, credit // len(sources))
         for source in sources:
             credit -= self._take(commands, source, min(share, source.backlog, credit), now)
         return commands
