@@ -123,7 +123,7 @@ class Info:
     connect_urls: tuple[str, ...] = ()
     lame_duck: bool = False
     domain: str | None = None
-    #: Level of the JetStream API (ADR-44); 0 for a server that does not say, before 2.11.
+    #: Level of the JetStream API (ADR-44), 0 before 2.11.
     api_level: int = 0
     cluster: str | None = None
     #: The INFO as it came, for what has no field here.
@@ -149,7 +149,7 @@ class Info:
             connect_urls=tuple(map(str, raw.get("connect_urls") or ())),
             lame_duck=bool(raw.get("ldm")),
             domain=raw.get("domain") or None,
-            api_level=int(raw.get("api_lvl") or 0),
+            api_level=int(raw.get("api_lvl") or _level_of(_version(str(raw.get("version", ""))))),
             cluster=raw.get("cluster") or None,
             raw=raw,
         )
@@ -296,6 +296,12 @@ def _fail(expected: str, line: bytes) -> NoReturn:
 
 def _cut(line: bytes) -> bytes:
     return line if len(line) <= 64 else line[:61] + b"..."
+
+
+def _level_of(version: tuple[int, ...]) -> int:
+    """Return the API level of a server whose INFO does not say: 2.11 has 1, and says so only in
+    answer to ``$JS.API.INFO``."""
+    return 1 if version >= (2, 11) else 0
 
 
 def _version(text: str) -> tuple[int, ...]:

@@ -112,6 +112,15 @@ def test_info_of_an_old_server_has_defaults() -> None:
     assert (info.nonce, info.domain, info.lame_duck) == (None, None, False)
 
 
+def test_a_server_that_does_not_say_its_api_level_has_that_of_its_version() -> None:
+    levels = [
+        Info.from_json(b'{"version":"%b"}' % version).api_level
+        for version in (b"2.9.10", b"2.10.26", b"2.11.0", b"2.11.11", b"")
+    ]
+
+    assert levels == [0, 0, 1, 1, 0]
+
+
 BROKEN = [
     pytest.param(b"HTTP/1.1 400 Bad Request\r\n\r\n", "one of MSG", id="http"),
     pytest.param(b"\r\n", "one of MSG", id="empty-line"),
