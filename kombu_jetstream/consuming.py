@@ -75,7 +75,7 @@ class Consuming(Settling):
         self._has_pulled = False
         self._is_closing = False
         #: sources whose consumer the server says is deleted
-        self._gone: list[tuple[Source, str]] = []
+        self._deleted: list[tuple[Source, str]] = []
 
     def basic_consume(
         self,
@@ -153,12 +153,17 @@ class Consuming(Settling):
             self._auto_delete(consumer.queue)
 
     def _stop_pulling(self, queue: str) -> None:
-        with self._session.lock:
+        session = self._session
+        keys = [key for key, source in self._sources.items() if source.token[0] == queue]
+        with session.lock:
             for key, source in list(self._sources.items()):
                 if source.token[0] == queue:
                     del self._sources[key], self._touched[source]
                     self._pulls.remove(source)
             self._cancel_pulls()
+        if keys:  # none where JetStream is away
+            session.jetstream.drop_withdrawn(keys)
+        with session.lock:
             for delivery in self.ready.take(lambda delivery: delivery.queue == queue):
                 self._hand_back(delivery)
         self.refill()
@@ -348,12 +353,12 @@ class Consuming(Settling):
                 "pull of queue %r ended: %s %s", source.token[0], status.status, status.description
             )
             if "Deleted" in status.description:
-                self._gone.append((source, status.description))
+                self._deleted.append((source, status.description))
 
     def after_read(self) -> None:
         """Act on what was read: pull again, or tell that a queue is gone."""
-        while self._gone:
-            self._consumer_gone(*self._gone.pop())
+        while self._deleted:
+            self._consumer_gone(*self._deleted.pop())
         self.refill()
 
     def _consumer_gone(self, source: Source, detail: str) -> None:

@@ -525,6 +525,21 @@ class JetStream:
         """Tell the server that a consumer is in use, although nothing is asked of it now."""
         self.connection.publish(subject, _TOUCH, self.connection.new_inbox())
 
+    def drop_withdrawn(self, consumers: Iterable[bytes]) -> None:
+        """Have an old server notice the pulls that are withdrawn, before anything is handed back.
+
+        A withdrawn pull stays in line until it is looked at.  What is handed back meanwhile is
+        forgotten until its lease ends, and another message is delivered twice (seen with 2.9.10,
+        not with 2.11).  *consumers* are `consumer_key`'s; asking for their state looks at the line.
+        """
+        if self.connection.info.version >= (2, 11):
+            return
+        operations = [(f"CONSUMER.INFO.{key.decode()}", None) for key in set(consumers)]
+        try:
+            self.request_many(operations)
+        except JetStreamTransportError as exc:
+            logger.debug("withdrawn pulls may still be in line: %s", exc)
+
     def settle(self, delivery: Delivery, outcome: Outcome, delay: float | None = None) -> None:
         """Tell the server what became of *delivery*, through this or a later connection.
 

@@ -81,6 +81,13 @@ def message_of(token: bytes) -> tuple[bytes, bytes, bytes]:
     return (words[at], words[at + 3], words[at + 5]) if len(words) >= 9 else (token, b"", b"")
 
 
+def consumer_of(token: bytes) -> bytes:
+    """Return stream and consumer of the delivery *token* settles, as `JetStream.consumer_key`."""
+    words = token.split(b".")
+    at = 2 if len(words) == 9 else 4
+    return b".".join(words[at : at + 2])
+
+
 class Ledger:
     """What this process holds of one broker, and the thread that keeps it."""
 
@@ -252,7 +259,9 @@ class Ledger:
             return
         with self._lock:
             sent = list(self._unsent)
+            handed_back = {consumer_of(t) for t, payload in sent if payload.startswith(b"-NAK")}
             try:
+                link.drop_withdrawn(handed_back)
                 with link.connection.corked():
                     for token, payload in sent:
                         link.connection.publish(token, payload)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -63,6 +63,10 @@ class Link:
     def __init__(self, ledger: Ledger) -> None:
         self.connection = Wire()
         self.ledger = ledger
+        self.looked_at: set[bytes] = set()
+
+    def drop_withdrawn(self, consumers: Iterable[bytes]) -> None:
+        self.looked_at |= set(consumers)
 
     @property
     def sent(self) -> list[tuple[bytes, bytes]]:
@@ -246,6 +250,7 @@ def test_what_nobody_can_settle_any_more_is_handed_back(ledger: Ledger) -> None:
         (token(2), b"-NAK"),
         (token(3), b"-NAK"),
     ]
+    assert later.looked_at == {b"ns_medium.q"}
 
 
 def test_a_message_dropped_later_is_handed_back_then(ledger: Ledger) -> None:
