@@ -76,7 +76,6 @@ BATCH_SECONDS = 0.25
 
 # Codes of nats-server's errors.json.
 WRONG_LAST_SEQUENCE = frozenset({10070, 10071, 10164})
-DUPLICATE_IN_BATCH = 10201
 
 
 class Superseded(JetStreamTransportError):
@@ -294,7 +293,9 @@ class Replay:
         }
         messages: list[tuple[str, bytes, dict[str, str]]] = []
         for each in group:
-            messages.append((each.subject, each.payload, {**each.headers, **behind_fence}))
+            # 2.12 takes no message ids in a batch; the mark is what tells here.
+            headers = {k: v for k, v in each.headers.items() if k != "Nats-Msg-Id"}
+            messages.append((each.subject, each.payload, {**headers, **behind_fence}))
             behind_fence = {}  # once in a batch is enough
             empty = {"Nats-Expected-Last-Subject-Sequence": "0"}
             messages.append((self._mark(level, each.letter.token), b"", empty))
@@ -310,7 +311,7 @@ class Replay:
 
     async def _refused(self, level: Level, group: list[_Ready], exc: PublishRejected) -> None:
         """Find out which of a batch was replayed already, and replay the others."""
-        if exc.err_code not in WRONG_LAST_SEQUENCE | {DUPLICATE_IN_BATCH}:
+        if exc.err_code not in WRONG_LAST_SEQUENCE:
             raise exc
         stream = self._broker.names.stream(level)
         fence = await self._broker.get(stream, last_by_subj=self._fence(level))
@@ -320,7 +321,7 @@ class Replay:
             for each in group:
                 await self._write_batch(level, [each])
             return
-        # Its mark is there, or the stream knows its id from less than a dedup window ago.
+        # Its mark is there.
         await self._settle_marked([group[0].letter])
 
     async def _settle_marked(self, letters: list[Letter]) -> None:

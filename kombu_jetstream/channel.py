@@ -114,7 +114,7 @@ class Channel(Consuming):
             # Messages that crossed the cancel arrive before the answer, and are handed back.
             session.nats.round_trip(IDLE_HEARTBEAT)
         # Else what was rejected just now would be delivered once more.
-        session.nats.wait(lambda: not self._letters, session.options.publish_timeout)
+        session.nats.wait(lambda: not self.qos.is_giving_up, session.options.publish_timeout)
 
     def lose(self) -> None:
         """Close without a word; the ledger looks after what the application still holds."""

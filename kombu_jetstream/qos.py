@@ -22,6 +22,8 @@ class QoS:
         self.prefetch_count = 0
         self._pulls = pulls
         self._held: dict[int, Delivery] = {}
+        #: given up on, but still in their queue
+        self._dying: dict[int, Delivery] = {}
         self._tags = count(1)
 
     def __len__(self) -> int:
@@ -42,12 +44,29 @@ class QoS:
 
     def release(self, tag: int) -> Delivery:
         """Hold it no longer.  Raises `PreconditionFailed` for an unknown tag, as AMQP does."""
-        try:
-            delivery = self._held.pop(tag)
-        except KeyError:
-            raise PreconditionFailed(f"unknown delivery tag {tag!r}") from None
+        delivery = self._take(tag)
         self._pulls.settled()
         return delivery
+
+    def give_up(self, tag: int) -> Delivery:
+        """Let nobody settle it any more, but hold it until it is `gone`.
+
+        Its lease goes on, and the room it takes bounds how many are on their way.  Raises as
+        `release` does.
+        """
+        delivery = self._dying[tag] = self._take(tag)
+        return delivery
+
+    def gone(self, delivery: Delivery) -> None:
+        """Hold a delivery that was given up on no longer."""
+        if self._dying.pop(delivery.tag, None) is not None:
+            self._pulls.settled()
+
+    def _take(self, tag: int) -> Delivery:
+        try:
+            return self._held.pop(tag)
+        except KeyError:
+            raise PreconditionFailed(f"unknown delivery tag {tag!r}") from None
 
     def up_to(self, tag: int) -> list[int]:
         """Return the held tags up to and including *tag*; 0 means all (AMQP's ``multiple``)."""
@@ -55,4 +74,9 @@ class QoS:
 
     def deliveries(self) -> list[Delivery]:
         """Return what is held; callable from another thread."""
-        return list(self._held.copy().values())
+        return [*self._held.copy().values(), *self._dying.copy().values()]
+
+    @property
+    def is_giving_up(self) -> bool:
+        """Whether something that was given up on is still in its queue."""
+        return bool(self._dying)

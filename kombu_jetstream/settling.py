@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 class Settling(Declaring):
     """Holds deliveries and settles them."""
 
+    dirty: bool
+
     def __init__(self, session: Session) -> None:
         super().__init__(session)
         self._outgoing = Outgoing(session)
@@ -46,8 +48,6 @@ class Settling(Declaring):
         self.qos = QoS(self._pulls)
         #: no task runs in the event loop's thread after an acknowledgement
         self.may_settle_late = False
-        #: deliveries whose dead letter is not confirmed yet
-        self._letters: set[Delivery] = set()
 
     def basic_ack(self, delivery_tag: int, multiple: bool = False) -> None:
         """Settle a delivery (with *multiple*, all up to it) as done; from any thread."""
@@ -95,9 +95,9 @@ class Settling(Declaring):
             if not waits:
                 session.end_write()
 
-    def _release(self, tag: int) -> Delivery:
+    def _release(self, tag: int, *, to_die: bool = False) -> Delivery:
         try:
-            return self.qos.release(tag)
+            return self.qos.give_up(tag) if to_die else self.qos.release(tag)
         except PreconditionFailed as exc:
             if self.closed:  # it was handed back when the channel closed
                 raise ConnectionLost("the channel is closed") from exc
@@ -126,7 +126,7 @@ class Settling(Declaring):
         letters.
         """
         with self._session.lock:
-            delivery = self._release(delivery_tag)
+            delivery = self._release(delivery_tag, to_die=True)
         decoded = _decoded(delivery.payload)
         if reason is None:
             reason = extensions.reject_reason(deadletter.facts_of(decoded).get("task"))
@@ -140,7 +140,15 @@ class Settling(Declaring):
             )
         if delivery.token:
             self._bury(delivery, reason, decoded, error)
+        else:
+            self._gone(delivery)
         self._after_settle()
+
+    def _gone(self, delivery: Delivery) -> None:
+        with self._session.lock:
+            delivery.settled = True
+            self.qos.gone(delivery)
+            self.dirty = True  # there is room for more
 
     def _bury(
         self,
@@ -156,14 +164,14 @@ class Settling(Declaring):
             self._keep(delivery)
             return
         if forwarded:
-            delivery.settled = True
+            self._gone(delivery)
             delivery.settler.settle(delivery, "ack")
         else:
             self._write_dead_letter(delivery, reason, decoded, error)
 
     def _keep(self, delivery: Delivery) -> None:
         """Put back a message that could not be written to where the dead go."""
-        delivery.settled = True
+        self._gone(delivery)
         delivery.settler.settle(delivery, "nak", deadletter.RETRY_INTERVAL)
 
     def _forward(self, delivery: Delivery, decoded: envelope.Envelope | None) -> bool:
@@ -212,20 +220,17 @@ class Settling(Declaring):
         )
 
         def written(failure: JetStreamTransportError | None) -> None:
-            self._letters.discard(delivery)
             session.dead_letter_written(failure)
             if failure is None:
-                delivery.settled = True
+                self._gone(delivery)
                 delivery.settler.settle(delivery, "term")
                 extensions.dead_lettered(letter)
             else:
                 self._keep(delivery)
 
-        self._letters.add(delivery)
         try:
             session.jetstream.dead_letter(delivery, letter, written)
         except ConnectionLost:
-            self._letters.discard(delivery)
             logger.warning("a dead letter of queue %r waits for the connection", letter.queue)
 
 

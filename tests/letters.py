@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import celery
-from kombu import Exchange, Queue
+from kombu import Exchange, Queue, pools
 
 from celery_ext.broker import Broker, run
 from celery_ext.dlq import DeadLetters, Letter, LetterFilter
@@ -40,6 +40,10 @@ def application(
         yield app
     finally:
         app.pool.force_close_all()
+        # kombu gives the next app with these settings the same pool.
+        with app.connection_for_write() as connection, suppress(KeyError):
+            del pools.producers[connection]
+            del pools.connections[connection]
         app.close()
 
 

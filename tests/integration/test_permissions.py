@@ -28,7 +28,7 @@ from tests.servers import CeleryWorker, eventually, file_backend_url, run_nats_s
 
 QUEUES = ("celery", "a b.c")
 #: What the server writes for every denial.
-VIOLATION = " Violation - Subject"
+VIOLATION = " Violation - "
 
 
 def config_of(folder: Path) -> dict[str, Any]:

@@ -268,7 +268,6 @@ def reject(connection: Connection, queue: Queue) -> None:
         message = channel.basic_get(queue.name)
         assert message is not None
         message.reject()
-        eventually(lambda: not channel.qos)
 
 
 def test_a_rejected_message_goes_to_the_queues_dead_letter_exchange(
