@@ -259,7 +259,11 @@ class Ledger:
             return
         with self._lock:
             sent = list(self._unsent)
-            handed_back = {consumer_of(t) for t, payload in sent if payload.startswith(b"-NAK")}
+            handed_back = {
+                consumer_of(token)
+                for token, payload in sent
+                if payload.startswith(b"-NAK") and token.startswith(b"$JS.ACK.")
+            }
             try:
                 link.drop_withdrawn(handed_back)
                 with link.connection.corked():

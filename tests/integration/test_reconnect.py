@@ -16,7 +16,7 @@ from kombu.entity import Exchange, Queue
 from kombu.message import Message
 from kombu.mixins import ConsumerMixin
 
-from kombu_jetstream.errors import ConnectionLost
+from kombu_jetstream.errors import ApiError, ConnectionLost
 from kombu_jetstream.server import NatsServer
 from tests.messaging import Received, declare, drain_quiet, send, take_all
 from tests.proxy import TcpProxy
@@ -27,6 +27,9 @@ pytestmark = pytest.mark.nats29
 Connect = Callable[..., Connection]
 
 WORK = Queue("work", Exchange("work"), "work")
+
+#: Of nats-server's errors.json.
+NO_SUITABLE_PEERS = 10005
 
 #: Retry policy of `Producer.publish` that ends soon.
 QUICK = {"interval_start": 0.05, "interval_step": 0.05, "interval_max": 0.2, "max_retries": 60}
@@ -276,7 +279,18 @@ def test_servers_of_the_cluster_are_found_and_used(
     first = cluster.servers[0]
     options = {"stream_replicas": 3, "dead_letter_max_bytes": 1024**2}
     sending = own(first.broker_url, **options)
-    declare(sending, WORK)
+
+    def can_place() -> bool:
+        """An old server has a leader before it knows that the others live."""
+        try:
+            declare(sending, WORK)
+        except ApiError as exc:
+            if exc.err_code == NO_SUITABLE_PEERS:
+                return False
+            raise
+        return True
+
+    eventually(can_place, within=20, every=0.2)
     with Worker(own(first.broker_url, **options)) as worker:
         send(sending, *range(20), to=WORK)
         worker.wait(20)
