@@ -123,15 +123,7 @@ def test_remote_control_works_again_after_a_loss(
 
 
 @pytest.mark.pools
-@pytest.mark.parametrize(
-    "fault",
-    [
-        "restart",
-        # 2.9.10 loses sight of a message given back while it still keeps a pull of a client that
-        # is gone (consumer.go, "We will redo this one"): it comes after its lease.
-        pytest.param("cut", marks=pytest.mark.requires_nats("2.10")),
-    ],
-)
+@pytest.mark.parametrize("fault", ["restart", "cut"])
 def test_reserved_tasks_come_back_at_once_after_a_loss(
     server: NatsServer,
     proxy_to: Callable[[int], TcpProxy],
