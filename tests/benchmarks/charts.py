@@ -47,6 +47,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
         "depth": lambda r: _lines(r, "depth", "consume at {}", DEPTHS, "messages waiting"),
         "queues": lambda r: _lines(r, "queues", "{}", NUMBERS, "queues"),
     }
+    folder.mkdir(parents=True, exist_ok=True)
     files = []
     for name, chart in charts.items():
         figure = chart(results)
