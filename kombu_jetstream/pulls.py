@@ -329,7 +329,7 @@ class Pulls:
             commands += self._cancel(now)
             credit = self.limit - self.held - self._asked
 
-        for source in self._due_below(level, credit, now):
+        for source in self._due_below(level, now):
             batch = min(credit, max(1, credit // self.guard))
             credit -= self._take(commands, source, batch, now)
         for source in self._due_above(level, credit, now):
@@ -353,15 +353,17 @@ class Pulls:
                 return pull.batch
         return 0
 
-    def _due_below(self, level: int, credit: int, now: float) -> list[Source]:
+    def _due_below(self, level: int, now: float) -> list[Source]:
         """Return a source of each less urgent level that the starvation guard must serve now.
 
-        A source known to have messages and a look at the others take turns.
+        Asked so early that the message is there when its turn comes: all that the limit allows
+        may be handed on meanwhile.  A source known to have messages and a look at the others take
+        turns.
         """
         due = []
         for lower in range(level + 1, len(self._levels)):
             hot = self._hot[lower]
-            if self.since_served[lower] + credit < self.guard or self.buffered[lower]:
+            if self.since_served[lower] + self.limit < self.guard or self.buffered[lower]:
                 continue
             if any(source.asked for source in hot):
                 continue  # on its way

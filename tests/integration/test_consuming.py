@@ -372,6 +372,57 @@ def test_get_beside_a_consumer_of_another_queue(connection: Connection, work: Qu
     assert received.wait(1) == ["consumed"]
 
 
+# Priorities
+
+
+@pytest.mark.parametrize("prefetch", [1, 4, 16])
+def test_urgent_messages_overtake_a_backlog(connect: Connect, work: Queue, prefetch: int) -> None:
+    connection, sending = connect(), connect(publish_confirms="pipelined")
+    send(sending, *["low"] * 1500, to=work, priority=1)
+    sending.connection.flush()
+    received = Received(connection.channel(), work, prefetch_count=prefetch)
+    received.consume()
+    received.wait(100)
+
+    send(sending, *["high"] * 30, to=work, priority=9)
+    sending.connection.flush()
+    sent_at = len(received)
+    drain(connection, lambda: received.bodies.count("high") == 30)
+
+    last_high = len(received) - 1 - received.bodies[::-1].index("high")
+    # What was under way, what runs until the next look, and the guard's share for the low ones.
+    assert last_high - sent_at < 150
+    received.channel.close()
+
+
+def test_a_lower_level_moves_at_the_rate_of_the_guard(connect: Connect, work: Queue) -> None:
+    connection = connect(starvation_guard=10)
+    sending = connect(publish_confirms="pipelined")
+    for body, priority in (("high", 9), ("medium", 5), ("low", 1)):
+        send(sending, *[body] * 800, to=work, priority=priority)
+    sending.connection.flush()
+    received = Received(connection.channel(), work, prefetch_count=4)
+    received.consume()
+
+    received.wait(600)
+
+    served = Counter(received.bodies[100:600])
+    assert served["low"] >= 45
+    assert served["medium"] >= 45
+    assert served["high"] >= 350
+    received.channel.close()
+
+
+def test_one_level_keeps_the_order_of_all(connect: Connect) -> None:
+    connection = connect(priority_levels=1)
+    declare(connection, WORK)
+
+    for number, priority in enumerate([1, 9, 5, None, 0, 7]):
+        send(connection, number, to=WORK, priority=priority)
+
+    assert take_all(connection, WORK) == list(range(6))
+
+
 # Consumers
 
 
