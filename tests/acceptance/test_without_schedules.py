@@ -73,3 +73,21 @@ def test_expired_tasks_do_not_run(site: Site) -> None:
     if nats_server_version() < (2, 11):
         assert worker.log.count("no message TTL here") == 1
         assert f"Discarding revoked task: noop[{expired}]" in worker.log
+
+
+def test_messages_of_protocol_1_are_held_by_the_worker(
+    shared_nats_server: NatsServer, namespace: str, make_site: Callable[..., Site]
+) -> None:
+    """Their eta is in the body, which only the worker reads."""
+    site = make_site(f"{shared_nats_server.broker_url}/{namespace}", task_protocol=1)
+    start_all([site.worker(pool="solo")])
+    to_epoch = time.time() - time.monotonic()
+    sent_at = time.time()
+
+    (waiting,) = site.send("noop", 1, countdown=2.0)
+    results = [site.client.tasks["add"].delay(n, 1) for n in range(3)]
+
+    assert [result.get(timeout=15) for result in results] == [1, 2, 3]
+    site.wait_ended([waiting], within=15)
+    starts = [e.at + to_epoch for e in site.ledger.entries() if e.task_id == waiting]
+    assert starts[0] - sent_at >= 2.0
