@@ -14,6 +14,7 @@ says so, and the caller begins again.
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import math
 import os
@@ -59,7 +60,7 @@ from kombu_jetstream.jetstream import (
     STREAM_NOT_FOUND,
 )
 from kombu_jetstream.options import Options
-from kombu_jetstream.protocol import Info
+from kombu_jetstream.protocol import Info, parse_headers
 from kombu_jetstream.topology import Names
 from kombu_jetstream.transport import Transport
 
@@ -82,6 +83,9 @@ BATCH = 500
 
 #: Requests under way at once in `gather`; the server answers in order, more would only wait.
 CONCURRENCY = 64
+
+#: Code of nats-server's errors.json.
+NO_MESSAGE = 10037
 
 #: Seconds for the end of a connection that was refused.
 ABORT_TIMEOUT = 0.2
@@ -539,6 +543,19 @@ class Broker:
             return None
         return _of_direct_get(answer)
 
+    async def get_from_leader(self, stream: str, seq: int) -> Stored | None:
+        """Return one message as the stream's leader has it, or None.
+
+        `get` may be answered by a copy that has not heard of the last deletes yet.
+        """
+        try:
+            answer = await self.find(f"STREAM.MSG.GET.{stream}", {"seq": seq})
+        except ApiError as exc:
+            if exc.err_code == NO_MESSAGE:
+                return None
+            raise
+        return _of_message(answer["message"]) if answer is not None else None
+
     async def _answers_direct_get(self, stream: str) -> bool:
         """Tell whether ``DIRECT.GET`` can be asked about *stream*.
 
@@ -721,6 +738,20 @@ def _of_direct_get(msg: Msg) -> Stored:
         payload=msg.data,
         stored_ns=_nanoseconds(headers["Nats-Time-Stamp"]),
         size=len(msg.data),
+    )
+
+
+def _of_message(message: dict[str, Any]) -> Stored:
+    """Return a message as ``STREAM.MSG.GET`` has it."""
+    payload = base64.b64decode(message.get("data") or "")
+    raw = base64.b64decode(message.get("hdrs") or "")
+    return Stored(
+        seq=int(message["seq"]),
+        subject=message["subject"],
+        headers=parse_headers(raw).fields if raw else {},
+        payload=payload,
+        stored_ns=_nanoseconds(message["time"]),
+        size=len(payload),
     )
 
 

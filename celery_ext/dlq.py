@@ -297,8 +297,8 @@ class DeadLetters:
         return found
 
     async def find(self, letter_id: str) -> Letter | None:
-        """Return one letter with its payload, or None."""
-        stored = await self.broker.get(self.stream, seq=_seq(letter_id))
+        """Return one letter with its payload, or None; also right after others were deleted."""
+        stored = await self.broker.get_from_leader(self.stream, _seq(letter_id))
         if stored is None or stored.subject.count(".") != 2:
             return None
         return _letter(stored)

@@ -11,8 +11,9 @@ stream, on ``<ns>.<level>.@replayed.<letter>``, which no consumer covers.
 1. *Fence.*  The command writes its name to ``<ns>.<level>.@replaying``.  Each of its batches
    demands that this is still the last message there, so a command that was frozen while another
    one ran can write nothing any more.
-2. It reads the marks there are.  A letter with a mark was replayed: what is left to do is 4.
-3. One batch of tasks and marks, each mark demanding that its subject is empty.
+2. It reads the marks there are, after 1 all of them.  A letter with a mark was replayed: what is
+   left to do is 4.
+3. One batch of tasks and marks.
 4. The letters are deleted, then their marks.
 
 Killed before 3 is stored: nothing happened.  Killed after it: the task is in its queue, and the
@@ -297,32 +298,23 @@ class Replay:
             headers = {k: v for k, v in each.headers.items() if k != "Nats-Msg-Id"}
             messages.append((each.subject, each.payload, {**headers, **behind_fence}))
             behind_fence = {}  # once in a batch is enough
-            empty = {"Nats-Expected-Last-Subject-Sequence": "0"}
-            messages.append((self._mark(level, each.letter.token), b"", empty))
+            messages.append((self._mark(level, each.letter.token), b"", {}))
         try:
             last = await self._broker.publish_batch(messages)
         except PublishRejected as exc:
-            await self._refused(level, group, exc)
-            return
+            if exc.err_code in WRONG_LAST_SEQUENCE and not await self._is_fenced(level):
+                raise Superseded from exc
+            raise
         first = last - len(messages) + 1
         await self._letters.delete(each.letter.id for each in group)
         await self._forget(stream, range(first + 1, last + 1, 2))
         self._count(group)
 
-    async def _refused(self, level: Level, group: list[_Ready], exc: PublishRejected) -> None:
-        """Find out which of a batch was replayed already, and replay the others."""
-        if exc.err_code not in WRONG_LAST_SEQUENCE:
-            raise exc
+    async def _is_fenced(self, level: Level) -> bool:
+        """Tell whether our fence is still the one that stands."""
         stream = self._broker.names.stream(level)
         fence = await self._broker.get(stream, last_by_subj=self._fence(level))
-        if fence is None or fence.seq != self._fences[stream]:
-            raise Superseded from exc
-        if len(group) > 1:
-            for each in group:
-                await self._write_batch(level, [each])
-            return
-        # Its mark is there.
-        await self._settle_marked([group[0].letter])
+        return fence is not None and fence.seq == self._fences[stream]
 
     async def _settle_marked(self, letters: list[Letter]) -> None:
         """Remove letters that were replayed before, and then their marks."""
