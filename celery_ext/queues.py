@@ -196,8 +196,8 @@ async def pause(broker: Broker, queue_name: str, until: float = UNTIL_RESUMED) -
             f"pausing a queue on nats-server {broker.version}",
             "stop the workers of the queue (celery control cancel_consumer), or use 2.11 or newer",
         )
-    moment = datetime.fromtimestamp(until, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-    await _pause(broker, queue_name, {"pause_until": moment})
+    moment = datetime.fromtimestamp(until, timezone.utc)
+    await _pause(broker, queue_name, {"pause_until": f"{moment:%Y-%m-%dT%H:%M:%S.%f}Z"})
 
 
 async def resume(broker: Broker, queue_name: str) -> None:

@@ -410,10 +410,10 @@ def test_a_paused_queue_hands_out_nothing_until_it_is_resumed(cli: Cli, app: cel
 def test_a_pause_with_an_end_ends(cli: Cli, app: celery.Celery) -> None:
     app.send_task("shop.pay")
 
-    cli("queues", "pause", "celery", "--for", "2s")
+    cli("queues", "pause", "celery", "--for", "5s")
 
     assert queued(app) == {}
-    eventually(lambda: queued(app).total() == 1, 10.0)
+    eventually(lambda: queued(app).total() == 1, 20.0)
 
 
 def test_purge_asks_and_removes_only_what_nobody_holds(cli: Cli, app: celery.Celery) -> None:
