@@ -565,6 +565,8 @@ class JetStream:
             self.connection.request(token, payload, timeout=API_TIMEOUT)
         except (ConnectionLost, NoResponders):
             self.ledger.forward(self, token, payload)
+        else:
+            self.ledger.note_ack(self, token)
 
     def dead_letter(
         self,

@@ -88,6 +88,17 @@ def consumer_of(token: bytes) -> bytes:
     return b".".join(words[at : at + 2])
 
 
+def _remember(
+    acked: OrderedDict[tuple[bytes, bytes, bytes], float], token: bytes, now: float
+) -> None:
+    """Note that the message of *token* was acknowledged, and forget the oldest of too many."""
+    message = message_of(token)
+    acked[message] = now
+    acked.move_to_end(message)
+    while len(acked) > REMEMBERED_ACKS:
+        acked.popitem(last=False)
+
+
 class Ledger:
     """What this process holds of one broker, and the thread that keeps it."""
 
@@ -103,6 +114,9 @@ class Ledger:
         #: pipelined messages whose confirm did not come before the connection was lost
         self._unconfirmed: list[Unconfirmed] = []
         self._acks: deque[tuple[float, int, bytes]] = deque(maxlen=REMEMBERED_ACKS)
+        #: the same by message, and those that are not in it yet: read only for a redelivery
+        self._acked: OrderedDict[tuple[bytes, bytes, bytes], float] = OrderedDict()
+        self._acks_unread: deque[tuple[float, bytes]] = deque(maxlen=REMEMBERED_ACKS)
         #: messages acknowledged across a loss, and when; a killed server may not know
         self._acked_across: OrderedDict[tuple[bytes, bytes, bytes], float] = OrderedDict()
         #: monotonic time of the last loss of a connection, and whether there ever was one
@@ -183,7 +197,9 @@ class Ledger:
 
     def note_ack(self, link: JetStream, token: bytes) -> None:
         """Remember an acknowledgement that *link* took, but may not have carried."""
-        self._acks.append((time.monotonic(), id(link), token))
+        now = time.monotonic()
+        self._acks.append((now, id(link), token))
+        self._acks_unread.append((now, token))
 
     def forward(self, link: JetStream, token: bytes, payload: bytes) -> None:
         """Send an outcome that *link* did not take through a later connection.
@@ -203,10 +219,15 @@ class Ledger:
 
     def _note_across(self, token: bytes) -> None:
         """Remember an acknowledgement whose connection was lost before it; the lock is held."""
-        across = self._acked_across
-        across[message_of(token)] = time.monotonic()
-        while len(across) > REMEMBERED_ACKS:
-            across.popitem(last=False)
+        _remember(self._acked_across, token, time.monotonic())
+
+    def _was_acked(self, message: tuple[bytes, bytes, bytes]) -> bool:
+        """Tell whether a message was acknowledged lately; the lock is held."""
+        while self._acks_unread:
+            at, token = self._acks_unread.popleft()
+            _remember(self._acked, token, at)
+        at = self._acked.get(message, float("-inf"))
+        return message in self._acked_across or at > time.monotonic() - REMEMBERED_SECONDS
 
     # -- the beat ------------------------------------------------------------------------------
 
@@ -356,11 +377,12 @@ class Ledger:
         """Tell whether a message is one this process holds, and hold it by *token*.
 
         The server gave it up while the process was stopped or too busy to read, or forgot that it
-        had delivered it.  One that was acknowledged meanwhile is acknowledged again.
+        had delivered it.  One that was acknowledged meanwhile is acknowledged again: it had left
+        the server before the acknowledgement came there.
         """
         message = message_of(token)
         with self._lock:
-            if message in self._acked_across:
+            if self._was_acked(message):
                 self._unsent.append((token, b"+ACK"))
                 self._wake.set()
                 return True

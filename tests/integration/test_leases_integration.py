@@ -347,3 +347,19 @@ def test_a_requeued_message_after_a_loss_comes_back_once(
     wait_out(1.5 * TIMEOUT)
     assert take_all(other, WORK) == []
     assert count(other, WORK) == 0
+
+
+def test_a_redelivery_that_crosses_the_acknowledgement_is_not_handed_on(
+    nats_proxy: TcpProxy, own: Connect, ledger_is_empty: Callable[[str], bool], namespace: str
+) -> None:
+    connection = own(nats_proxy.broker_url)
+    received = held(connection, "x")
+    nats_proxy.freeze()  # no lease is extended, and what the server sends waits
+    wait_out(1.5 * TIMEOUT)
+
+    received.messages[0].ack()
+    nats_proxy.resume()
+
+    wait_out(TIMEOUT, connection)
+    assert [message.payload for message in received.messages] == ["x"]
+    eventually(lambda: ledger_is_empty(namespace), within=5)

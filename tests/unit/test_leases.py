@@ -18,6 +18,7 @@ from kombu_jetstream.endpoint import Server
 from kombu_jetstream.errors import ConnectionLost
 from kombu_jetstream.leases import (
     BEATS_PER_LEASE,
+    REMEMBERED_SECONDS,
     REMEMBERED_ACKS,
     Ledger,
     due,
@@ -393,6 +394,32 @@ def test_a_message_that_was_acknowledged_across_a_loss_is_acknowledged_again(
     ledger._flush()
 
     assert later.sent == [(token(1, attempt=2), b"+ACK")]
+
+
+def test_a_message_that_left_the_server_before_its_acknowledgement_came_is_acknowledged_again(
+    ledger: Ledger,
+) -> None:
+    link = attached(ledger)
+    link.settle(delivery(1, link), "ack")
+    link.settle(delivery(2, link), "nak")
+    link.sent.clear()
+
+    assert ledger.held_again(token(1, attempt=2))
+    assert not ledger.held_again(token(2, attempt=2))
+
+    ledger._flush()
+    assert link.sent == [(token(1, attempt=2), b"+ACK")]
+
+
+def test_an_acknowledgement_is_remembered_for_a_while(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = attached(ledger)
+    link.settle(delivery(1, link), "ack")
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + REMEMBERED_SECONDS + 1)
+
+    assert not ledger.held_again(token(1, attempt=2))
 
 
 def test_a_message_whose_lease_limit_is_over_is_for_somebody_else() -> None:
