@@ -18,8 +18,8 @@ from kombu_jetstream.endpoint import Server
 from kombu_jetstream.errors import ConnectionLost
 from kombu_jetstream.leases import (
     BEATS_PER_LEASE,
-    REMEMBERED_SECONDS,
     REMEMBERED_ACKS,
+    REMEMBERED_SECONDS,
     Ledger,
     due,
     ledger_of,
