@@ -121,9 +121,7 @@ class TransientQueue:
     def is_expired(self, now: float) -> bool:
         """Tell whether ``x-expires`` is over: nobody consumed for that many seconds."""
         return (
-            self._expires is not None
-            and not self.consumers
-            and now - self._used_at > self._expires
+            self._expires is not None and not self.consumers and now - self._used_at > self._expires
         )
 
     def touch(self) -> None:
