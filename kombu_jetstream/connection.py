@@ -422,14 +422,17 @@ class NatsConnection:
         with self._lock:
             self._corks += 1
 
-    def uncork(self) -> None:
+    def uncork(self, *, send: bool = True) -> None:
         """End a `cork`; the last one sends what was collected.
 
+        With *send* false it stays, up to 64 KiB, for whatever is written next, `flush` or `wait`.
         Does not raise for a connection that was lost before: the next use does.
         """
         with self._lock:
             self._corks -= 1
-            if self._corks or not self._out or self._failure is not None or self._send():
+            if self._corks or not self._out or self._failure is not None:
+                return
+            if (not send and len(self._out) <= CORK_BYTES) or self._send():
                 return
         self._wait_for_room()
 

@@ -99,10 +99,10 @@ class Consuming(Settling):
             raise QueueMissing(queue)
         elsewhere = runs_elsewhere(callback)
         self.may_settle_late = elsewhere and (self.may_settle_late or not self._consumers)
+        taker = taker_of(callback)
+        self.may_hold = self.may_hold and taker is None
         self._consumers_by_queue.pop(queue, None)
-        self._consumers[tag] = _Consumer(
-            tag, queue, callback, no_ack, self, on_cancel, taker_of(callback)
-        )
+        self._consumers[tag] = _Consumer(tag, queue, callback, no_ack, self, on_cancel, taker)
         if no_ack:
             self.no_ack_consumers.add(tag)
         if transient is not None:
@@ -244,16 +244,16 @@ class Consuming(Settling):
 
     # -- what arrives --------------------------------------------------------------------------
 
-    def refill(self) -> None:
-        """Ask the server for what the credit allows."""
+    def refill(self) -> bool:
+        """Ask the server for what the credit allows; return whether there was anything to ask."""
         session = self._session
         if self._is_closing:
-            return
+            return False
         with session.lock:
             self.dirty = False
             commands = self._pulls.plan(time.monotonic())
             if not commands:
-                return
+                return False
             pull = session.jetstream.pull
             with session.nats.corked():
                 for command in commands:
@@ -265,6 +265,7 @@ class Consuming(Settling):
                     pull(
                         subject, command.batch, command.wait, b"%b.%d" % (inbox[0], command.pull_id)
                     )
+        return True
 
     def _open_inbox(self, slot: int) -> tuple[bytes, int]:
         """One subscription carries the pulls of a slot, whatever their source.
@@ -471,18 +472,20 @@ class Consuming(Settling):
             self.bury(delivery.tag, "malformed", exc)
             return None
 
-    def _after_settle(self) -> None:
+    def _after_settle(self) -> bool:
         """Ask for more, as there is room; a lost connection is for whoever reads it to notice."""
         if self.closed:
-            return
+            return False
+        asked = False
         if self._session.is_collecting:
             self.dirty = True  # once, at the end of the tick
         elif self._sources:
             try:
-                self.refill()
+                asked = self.refill()
             except ConnectionLost as exc:
                 logger.debug("no pulls after settling: %s", exc)
         self._wake_transient()
+        return asked
 
     def _wake_transient(self) -> None:
         """There is room again: transient queues of our consumers may hand on."""

@@ -589,8 +589,6 @@ class _AbsentNats:
     def cork(self) -> None:
         """Nothing is written."""
 
-    uncork = flush = cork
-
 
 class RedisSession(_ReadsLists):
     """JetStream is away: everything goes through Redis."""
@@ -667,6 +665,9 @@ class RedisSession(_ReadsLists):
 
     def forget_transient(self, queue: TransientQueue) -> None:
         self.transient.pop(queue.name, None)
+
+    def end_write(self, *, hold: bool = False) -> None:
+        """Nothing was collected: what Redis is told leaves at once."""
 
     def flush(self, timeout: float | None = None) -> None:
         """Return at once: Redis confirmed all that was written."""

@@ -76,11 +76,10 @@ class _ListsChannel(Channel):
                 self._reader.await_take(TAKE_TIMEOUT)
         super()._stop_pulling(queue)
 
-    def refill(self) -> None:
+    def refill(self) -> bool:
         reader = self._reader
         if reader is None or self._is_closing or not (reader.has_backlog and reader.is_connected):
-            super().refill()
-            return
+            return super().refill()
         pulls = self._pulls
         with self._session.lock:
             now = time.monotonic()
@@ -95,7 +94,7 @@ class _ListsChannel(Channel):
                 self._take(reader, room)
             pulls.held += kept
             try:
-                super().refill()
+                return super().refill()
             finally:
                 pulls.held -= kept
 
@@ -140,10 +139,11 @@ class _ListsChannel(Channel):
         self._from_lists -= delivery.settler is self._lists
         return delivery
 
-    def _after_settle(self) -> None:
-        super()._after_settle()
+    def _after_settle(self) -> bool:
+        asked = super()._after_settle()
         if not self.closed and not self._sources and self._reader is not None:
-            self.refill()
+            asked |= self.refill()
+        return asked
 
     def lose(self) -> None:
         if self.closed:

@@ -45,6 +45,9 @@ BEATS_PER_LEASE = 3
 #: Seconds between looks at orphans, whose message objects may vanish at any time.
 ORPHAN_INTERVAL = 0.2
 
+#: Seconds for which an acknowledgement may wait for the next one, to leave in one write.
+SEND_DELAY = 0.01
+
 #: Seconds between looks at idle connections, whose server expects its PINGs answered.
 IDLE_INTERVAL = 10.0
 
@@ -127,6 +130,9 @@ class Ledger:
         self._lost_server: Server | None = None
         #: differences of streams that were told already, by name and field
         self.told: set[tuple[str, str]] = set()
+        #: connections that hold something back, and when it is to leave
+        self._holding: dict[JetStream, None] = {}
+        self._send_at = float("inf")
         self._lock = threading.RLock()
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
@@ -200,6 +206,25 @@ class Ledger:
         now = time.monotonic()
         self._acks.append((now, id(link), token))
         self._acks_unread.append((now, token))
+
+    def send_soon(self, link: JetStream) -> None:
+        """Send what *link* holds back within `SEND_DELAY`, if it does not do so by itself."""
+        if link in self._holding:
+            return
+        with self._lock:
+            self._holding[link] = None
+            self._send_at = min(self._send_at, time.monotonic() + SEND_DELAY)
+        self._wake.set()
+
+    def _send_held(self) -> None:
+        with self._lock:
+            holding, self._holding = self._holding, {}
+            self._send_at = float("inf")
+        for link in holding:
+            try:
+                link.connection.flush()
+            except JetStreamTransportError as exc:
+                logger.debug("a connection was lost with something held back: %s", exc)
 
     def forward(self, link: JetStream, token: bytes, payload: bytes) -> None:
         """Send an outcome that *link* did not take through a later connection.
@@ -322,13 +347,15 @@ class Ledger:
         next_idle = time.monotonic() + IDLE_INTERVAL
         while True:
             now = time.monotonic()
-            wait = min(next_beat, next_idle) - now
+            wait = min(next_beat, next_idle, self._send_at) - now
             if self._orphans or self._unsent:
                 wait = min(wait, ORPHAN_INTERVAL)
             self._wake.wait(max(wait, 0.0))
             self._wake.clear()
             now = time.monotonic()
             try:
+                if now >= self._send_at:
+                    self._send_held()
                 if now >= next_beat:
                     next_beat = now + beat_interval
                     self.beat(now)

@@ -332,13 +332,17 @@ class Session:
             self.nats.cork()
         return True
 
-    def end_write(self) -> None:
-        """Send what was collected.
+    def end_write(self, *, hold: bool = False) -> None:
+        """Send what was collected, or *hold* it for the next write; the ledger sends it soon.
 
         Never raises for a lost connection: the ledger sends acknowledgements again, the reader
         notices.
         """
         try:
+            if hold:
+                self.nats.uncork(send=False)
+                self.ledger.send_soon(self.jetstream)
+                return
             self.nats.uncork()
             if self.is_collecting:  # others wait, this may not
                 self.nats.flush()

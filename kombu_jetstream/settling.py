@@ -48,6 +48,8 @@ class Settling(Declaring):
         self.qos = QoS(self._pulls)
         #: no task runs in the event loop's thread after an acknowledgement
         self.may_settle_late = False
+        #: no consumer hands on tasks that may end the process after an acknowledgement
+        self.may_hold = True
 
     def basic_ack(self, delivery_tag: int, multiple: bool = False) -> None:
         """Settle a delivery (with *multiple*, all up to it) as done; from any thread."""
@@ -86,14 +88,16 @@ class Settling(Declaring):
             delivery.settler.settle(delivery, outcome, delay)
             self._after_settle()
             return
-        # The acknowledgement and what asks for more are one write, or one for all of a tick.
+        # The acknowledgement and what asks for more are one write, or one for all of a tick, or
+        # one for all that is at hand.
         waits = session.begin_write(self.may_settle_late)
+        asked = True
         try:
             delivery.settler.settle(delivery, outcome, delay)
-            self._after_settle()
+            asked = self._after_settle()
         finally:
             if not waits:
-                session.end_write()
+                session.end_write(hold=self.may_hold and not asked and bool(self.ready))
 
     def _release(self, tag: int, *, to_die: bool = False) -> Delivery:
         try:
@@ -103,8 +107,8 @@ class Settling(Declaring):
                 raise ConnectionLost("the channel is closed") from exc
             raise
 
-    def _after_settle(self) -> None:
-        """Use the room there is now."""
+    def _after_settle(self) -> bool:
+        """Use the room there is now; return whether something was asked of the server."""
         raise NotImplementedError
 
     def _hand_back(self, delivery: Delivery) -> None:

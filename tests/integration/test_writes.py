@@ -1,4 +1,6 @@
-"""When acknowledgements leave: at once where tasks run in this process, else once in a tick."""
+"""When acknowledgements leave: at once where Celery runs tasks in this process, once in a tick
+where it does not; those of other consumers with the next one, soon.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +14,7 @@ from kombu.connection import Connection
 from kombu.entity import Exchange, Queue
 from kombu.messaging import Consumer, Producer
 
+from kombu_jetstream import leases
 from kombu_jetstream.server import NatsServer
 from tests.acceptance.app import make_app
 from tests.servers import CeleryWorker, eventually
@@ -79,6 +82,55 @@ def test_an_acknowledgement_leaves_before_the_code_after_it_runs(
         run_loop(lambda: len(seen) == 2)
 
     assert seen == [0, 1]
+
+
+def test_acknowledgements_of_what_is_at_hand_leave_together(
+    connection: Connection, other: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "SEND_DELAY", 3600.0)
+    publish(connection.default_channel, 3)
+    left: list[int] = []
+
+    def on_message(message: Any) -> None:
+        message.ack()
+        left.append(in_flight(other, "writes"))
+
+    channel = connection.channel()
+    with Consumer(channel, [QUEUE], on_message=on_message, prefetch_count=100):
+        eventually(lambda: _is_at_hand(channel, 3))
+        for _ in range(3):
+            connection.drain_events(timeout=5)
+
+        assert left[:2] == [3, 3]
+        eventually(lambda: in_flight(other, "writes") == 0)
+
+
+def _is_at_hand(channel: Any, count: int) -> bool:
+    channel.connection.nats.read_available()
+    return len(channel.ready) == count
+
+
+def test_acknowledgements_of_tasks_do_not_wait_for_each_other(
+    connection: Connection, other: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "SEND_DELAY", 3600.0)
+    publish(connection.default_channel, 3)
+    left: list[int] = []
+
+    def on_message(message: Any) -> None:
+        before = in_flight(other, "writes")
+        message.ack()
+        eventually(lambda: in_flight(other, "writes") == before - 1, 5)
+        left.append(before - 1)
+
+    on_message.__module__ = "celery.worker.consumer.consumer"  # as that of a worker's tasks
+    channel = connection.channel()
+    with Consumer(channel, [QUEUE], on_message=on_message, prefetch_count=100):
+        eventually(lambda: _is_at_hand(channel, 3))
+        for _ in range(3):
+            connection.drain_events(timeout=5)
+
+    assert left == [2, 1, 0]
 
 
 def test_acknowledgements_of_a_tick_leave_together_when_tasks_run_elsewhere(
