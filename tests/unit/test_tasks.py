@@ -37,7 +37,10 @@ BODY: list[Any] = [[1], {"two": 2}, {"callbacks": None, "chain": None}]
     [
         {},
         {"id": "an id of my own, with ümläuts"},
-        {"eta": "2026-11-22T05:00:00+00:00", "expires": datetime(2026, 11, 22, 6, tzinfo=timezone.utc)},
+        {
+            "eta": "2026-11-22T05:00:00+00:00",
+            "expires": datetime(2026, 11, 22, 6, tzinfo=timezone.utc),
+        },
         {"timelimit": (10, 5.5)},
         {"timelimit": None},
         {"stamped_headers": ["tenant"], "stamps": {"tenant": ["t1"]}},
