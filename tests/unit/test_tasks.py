@@ -69,6 +69,12 @@ def test_the_value_is_told_shortened() -> None:
     assert len(str(caught.value)) < 300
 
 
+@pytest.mark.parametrize("limit", [10**400, -(10**400), float("nan"), float("inf"), 1e10])
+def test_a_time_limit_no_timer_can_count_is_malformed(limit: float) -> None:
+    with pytest.raises(MalformedMessage, match="expected 'timelimit' to be two numbers"):
+        check_fields({**FIELDS, "timelimit": [limit, None]})
+
+
 @pytest.mark.parametrize(
     "body",
     [
