@@ -54,11 +54,16 @@ class QueueArguments:
             elif name == "x-max-priority":
                 values[name] = _priority(queue_name, value)
             elif name in ("x-dead-letter-exchange", "x-dead-letter-routing-key"):
-                values[name] = str(value)
+                values[name] = _text(queue_name, name, value)
             elif name == "x-queue-type":
                 raise NotSupported(f"queue type {value!r} of queue {queue_name!r}")
             elif name.startswith("x-"):
                 raise NotSupported(f"{name!r} of queue {queue_name!r}")
+        if "x-dead-letter-routing-key" in values and "x-dead-letter-exchange" not in values:
+            raise PreconditionFailed(
+                f"'x-dead-letter-routing-key' of queue {queue_name!r} "
+                "needs an 'x-dead-letter-exchange'"
+            )
         if "x-message-ttl" in values and "x-dead-letter-exchange" in values:
             raise NotSupported(
                 f"'x-message-ttl' with 'x-dead-letter-exchange' of queue {queue_name!r}",
@@ -82,6 +87,14 @@ def _milliseconds(queue_name: str, name: str, value: Any) -> float:
             f"got {value!r}"
         )
     return value / 1000
+
+
+def _text(queue_name: str, name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise PreconditionFailed(
+            f"expected {name!r} of queue {queue_name!r} to be text, got {value!r}"
+        )
+    return value
 
 
 def _priority(queue_name: str, value: Any) -> int | None:

@@ -151,6 +151,11 @@ class Declaring(base.StdChannel):
         return self._make_durable(queue, auto_delete, arguments)
 
     def _make_transient(self, queue: str, auto_delete: bool, parsed: QueueArguments) -> None:
+        if parsed.dead_letter_exchange is not None:
+            raise NotSupported(
+                f"'x-dead-letter-exchange' of queue {queue!r}, which is one connection's",
+                "what such a queue refuses is dropped; make it durable",
+            )
         self._session.add_transient(
             queue,
             auto_delete=auto_delete,
@@ -163,6 +168,16 @@ class Declaring(base.StdChannel):
     ) -> queue_declare_ok_t:
         session = self._session
         record = Queue(queue, auto_delete, dict(arguments or {}))
+        if auto_delete and session.options.provision == "off":
+            raise NotSupported(
+                f"queue {queue!r}, which comes and goes with its clients, with provision='off'",
+                "nobody can make it beforehand; for results use another backend than rpc://",
+            )
+        if auto_delete and record.wants.max_priority is not None:
+            raise NotSupported(
+                f"'x-max-priority' of queue {queue!r}, which is auto-delete",
+                "such a queue has one level; leave out auto_delete, or the priorities",
+            )
         counts = session.jetstream.ensure_queue(
             queue, auto_delete=auto_delete, inactive_after=record.inactive_after
         )

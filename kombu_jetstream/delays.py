@@ -33,11 +33,16 @@ def due_time(headers: Mapping[str, Any], properties: Mapping[str, Any], now: flo
 
     None, too, for an ``eta`` the server cannot wait for: the worker holds the message then.  One
     without an offset is UTC, as for Celery's workers.  Raises `PreconditionFailed` for a
-    ``DelaySeconds`` that is no number.
+    ``DelaySeconds`` that is no number, or more than the server can wait.
     """
     delay = properties.get(DELAY_PROPERTY)
     if delay is not None:
-        return now + _number(DELAY_PROPERTY, delay)
+        due = now + _number(DELAY_PROPERTY, delay)
+        if due > LATEST:
+            raise PreconditionFailed(
+                f"expected property {DELAY_PROPERTY!r} to end before 2255, got {delay!r}"
+            )
+        return due
     eta = headers.get("eta")
     if not eta:
         return None

@@ -14,6 +14,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import math
 from collections.abc import Iterator
 from types import NoneType
 from typing import Any, TypeAlias
@@ -22,7 +23,16 @@ from kombu.utils import json as kombu_json
 
 from .errors import MalformedMessage
 
-__all__ = ["Envelope", "decode", "decode_body", "encode", "encode_body", "headers_of"]
+__all__ = [
+    "MAX_DEPTH",
+    "Envelope",
+    "decode",
+    "decode_body",
+    "encode",
+    "encode_body",
+    "headers_of",
+    "is_too_deep",
+]
 
 Envelope: TypeAlias = dict[str, Any]
 
@@ -31,6 +41,10 @@ _encode_json = json.JSONEncoder(
 ).encode
 _decode_json = json.JSONDecoder().decode
 _decode_tagged = json.JSONDecoder(object_hook=kombu_json.object_hook).decode
+
+#: Levels of lists and objects in a message.  What is nested deeper can be decoded and not be given
+#: to a process of a pool: pickle's recursion ends between 300 and 500, and the worker with it.
+MAX_DEPTH = 200
 
 #: Longest value copied into a NATS header; the envelope has the whole.
 MAX_HEADER_VALUE = 200
@@ -83,9 +97,35 @@ def decode(payload: bytes) -> Envelope:
     _check(envelope, _PARTS)
     _check(envelope["properties"], _PROPERTIES)
     _check(envelope["properties"]["delivery_info"], _DELIVERY_INFO)
+    priority = envelope["properties"].get("priority")
+    if isinstance(priority, float) and not math.isfinite(priority):
+        raise MalformedMessage(f"not a message envelope: 'priority' is {priority}")
+    if is_too_deep(envelope, text):
+        raise MalformedMessage(f"not a message envelope: nested deeper than {MAX_DEPTH}")
     if not envelope.get("headers"):
         envelope["headers"] = {}
     return envelope
+
+
+def is_too_deep(value: Any, text: str | bytes) -> bool:
+    """Tell whether *value*, which was written as *text*, is nested deeper than `MAX_DEPTH`."""
+    if isinstance(text, str):
+        if text.count("[") + text.count("{") <= MAX_DEPTH:
+            return False
+    elif len(text) <= MAX_DEPTH:  # of any codec each level takes a byte
+        return False
+    depth, containers = 0, [value]
+    while containers:
+        depth += 1
+        if depth > MAX_DEPTH:
+            return True
+        containers = [
+            child
+            for container in containers
+            for child in (container.values() if isinstance(container, dict) else container)
+            if isinstance(child, (dict, list, tuple))
+        ]
+    return False
 
 
 _Types: TypeAlias = "tuple[tuple[str, tuple[type, ...]], ...]"
@@ -123,7 +163,7 @@ def headers_of(message_id: str, envelope: Envelope) -> Iterator[tuple[str, str]]
     headers = envelope["headers"]
     content_type = envelope.get("content-type")
     if content_type:
-        yield "Content-Type", content_type
+        yield "Content-Type", _header_value(content_type)
     task = headers.get("task")
     if task:
         yield "Celery-Task", _header_value(task)

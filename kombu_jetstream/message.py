@@ -9,7 +9,7 @@ from kombu.exceptions import ContentDisallowed, DecodeError
 from kombu.transport import base
 
 from .backend import Delivery
-from .envelope import Envelope, decode_body
+from .envelope import MAX_DEPTH, Envelope, decode_body, is_too_deep
 from .errors import MalformedMessage
 from .tasks import check_body
 
@@ -73,6 +73,8 @@ class Message(base.Message):
         try:
             decoded = super()._decode()
             check_body(self.headers, decoded)
+            if is_too_deep(decoded, self.body):
+                raise MalformedMessage(f"not a task: nested deeper than {MAX_DEPTH}")
         except (ContentDisallowed, DecodeError) as exc:
             self._undecodable = exc
             raise

@@ -60,6 +60,10 @@ def runs_elsewhere(callback: object) -> bool:
     return taker_of(callback) == "tasks" and type(pool).__module__ in _POOLS_ELSEWHERE
 
 
+#: Seconds of the longest time limit, 30 years: a pool's timers count in C.
+MAX_TIME_LIMIT = 1e9
+
+
 def _is_id(value: object) -> bool:
     # It becomes a key of result backends, as UTF-8.
     return isinstance(value, str) and bool(value) and value.isprintable()
@@ -70,7 +74,13 @@ def _is_moment(value: object) -> bool:
 
 
 def _is_limit(value: object) -> bool:
-    return isinstance(value, (NoneType, int, float))
+    return _is_number(value, MAX_TIME_LIMIT)
+
+
+def _is_number(value: object, most: float = 1e18) -> bool:
+    # NaN and what JSON reads as infinite are no numbers to count with, nor are integers of
+    # hundreds of digits.
+    return value is None or (isinstance(value, (int, float)) and abs(value) <= most)
 
 
 def _is_time_limits(value: object) -> bool:
@@ -160,5 +170,5 @@ def check_event(headers: Mapping[str, Any], body: Any) -> None:
     elif not _WORKER_PROPERTIES.isdisjoint(body):
         raise MalformedMessage("not an event: it has fields no worker has")
     for name in ("timestamp", "clock", "utcoffset", "freq"):
-        if not _is_limit(body.get(name)):
+        if not _is_number(body.get(name)):
             raise MalformedMessage(f"not an event: expected {name!r} to be a number")

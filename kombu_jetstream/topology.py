@@ -134,9 +134,13 @@ def level_of(priority: float | None, options: Options, max_priority: int | None 
 
     *max_priority* is the queue's ``x-max-priority``: its priorities go from 0, the least urgent
     and what a message without one has, to that number, in three parts.
+
+    Raises `PreconditionFailed` for a *priority* that is no number.
     """
     if options.priority_levels == 1:
         return "medium"
+    if priority is not None and not (isinstance(priority, (int, float)) and priority == priority):
+        raise PreconditionFailed(f"expected a message's priority to be a number, got {priority!r}")
     if max_priority is not None and options.priority_order == "amqp":
         priority = min(max(priority or 0, 0), max_priority)
         return LEVELS[2 - int(priority * 3 // (max_priority + 1))]

@@ -205,6 +205,22 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "expires object": (task(expires={}), "expected 'expires' to be an ISO 8601 time"),
     "timelimit number": (task(timelimit=5), "expected 'timelimit' to be two numbers"),
     "timelimit texts": (task(timelimit=["a", "b"]), "expected 'timelimit' to be two numbers"),
+    "timelimit beyond any timer": (
+        task(timelimit=[10**400, None]),
+        "expected 'timelimit' to be two numbers",
+    ),
+    "priority not a number": (
+        task("properties", "priority", to=float("nan")),
+        "'priority' is nan",
+    ),
+    "headers deep": (
+        task(mine="deep").replace(b'"deep"', b"[" * 500 + b"]" * 500),
+        "nested deeper than 200",
+    ),
+    "arguments deep": (
+        task("body", to=f"[[{'[' * 500}{']' * 500}], {{}}, {{}}]"),
+        "nested deeper than 200",
+    ),
     "stamped headers number": (task(stamped_headers=5), "expected 'stamped_headers' to be"),
     "stamps text": (task(stamps="x"), "expected 'stamps' to be an object"),
     "unknown compression": (task(compression="snake oil"), ""),

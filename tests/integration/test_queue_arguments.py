@@ -435,3 +435,77 @@ def test_arguments_about_how_rabbitmq_stores_a_queue_are_taken(connection: Conne
     send(connection, "x", to=work)
 
     assert take_all(connection, work) == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"auto_delete": True, "max_priority": 10}, "such a queue has one level"),
+        (
+            {"exclusive": True, "queue_arguments": {"x-dead-letter-exchange": "dead"}},
+            "which is one connection's",
+        ),
+    ],
+    ids=["priorities of an auto-delete queue", "dead letters of an exclusive queue"],
+)
+def test_what_a_kind_of_queue_cannot_honour_is_refused(
+    connection: Connection, arguments: dict[str, Any], message: str
+) -> None:
+    def use() -> None:
+        with connection.channel() as channel:
+            Queue("work", **arguments).bind(channel).declare()
+            channel.basic_get("work")
+
+    with pytest.raises(NotSupported, match=message):
+        use()
+
+
+def test_a_broadcast_queue_may_have_priorities_it_does_not_use(connection: Connection) -> None:
+    """Celery's task_queue_max_priority gives them to every queue."""
+    news = Queue("news.1", Exchange("news", type="fanout"), auto_delete=True, max_priority=10)
+
+    declare(connection, news)
+
+
+def test_a_message_that_cannot_be_published_to_the_exchange_is_a_dead_letter(
+    connection: Connection,
+    dead_letters: Queue,
+    box: Letterbox,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Whatever a foreign client wrote into it."""
+    work = with_arguments("work", dead_letter_exchange="dead")
+    declare(connection, work)
+    send(connection, "x", to=work, headers={"task": "noop", "id": "t1"})
+    channel = connection.channel()
+    message = channel.basic_get("work")
+    assert message is not None
+
+    def fail(*args: Any, **kwargs: Any) -> bool:
+        raise ValueError("a header with a line break")
+
+    monkeypatch.setattr(channel._outgoing, "forward", fail)
+    message.reject()
+
+    assert box.wait_for("t1").reason == "rejected"
+    assert "cannot be published to its dead-letter exchange" in caplog.text
+    assert count(connection, work) == 0
+
+
+@pytest.mark.parametrize("by", ["queue", "message"])
+def test_where_the_server_removes_nothing_an_expired_message_is_not_handed_on(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    connection = connect()
+    jetstream = connection.connection.jetstream
+    work = Queue("work", message_ttl=0.5 if by == "queue" else None)
+    declare(connection, work)
+    jetstream.has_ttl = False  # as before 2.11
+    send(connection, "old", to=work, expiration=0.5 if by == "message" else None)
+    sent_at = time.monotonic()
+    eventually(lambda: time.monotonic() - sent_at > 0.6)
+    send(connection, "new", to=work, expiration=60 if by == "message" else None)
+
+    assert take_all(connection, work) == ["new"]
+    eventually(lambda: count(connection, work) == 0)

@@ -103,3 +103,15 @@ def test_arguments_that_are_no_mapping_are_refused() -> None:
 def test_a_maximum_of_0_is_no_priorities() -> None:
     assert parse(x_max_priority=0).max_priority is None
     assert parse(x_max_priority=255).max_priority == 255
+
+
+@pytest.mark.parametrize("value", [None, 5, ["e"]])
+@pytest.mark.parametrize("name", ["x-dead-letter-exchange", "x-dead-letter-routing-key"])
+def test_bad_names_are_refused(name: str, value: Any) -> None:
+    with pytest.raises(PreconditionFailed, match=f"expected '{name}' of queue 'q' to be text"):
+        QueueArguments.parse("q", {name: value})
+
+
+def test_a_dead_letter_routing_key_needs_an_exchange() -> None:
+    with pytest.raises(PreconditionFailed, match="needs an 'x-dead-letter-exchange'"):
+        parse(x_dead_letter_routing_key="k")

@@ -54,6 +54,12 @@ def test_due_time_of_a_delay(delay: Any) -> None:
     assert due_time({"eta": "2030-01-01T00:00:00Z"}, {"DelaySeconds": delay}, NOW) == NOW + 10
 
 
+@pytest.mark.parametrize("delay", [8e9, 1e12])
+def test_a_delay_beyond_what_the_server_can_count_is_refused(delay: float) -> None:
+    with pytest.raises(PreconditionFailed, match="to end before 2255"):
+        due_time({}, {"DelaySeconds": delay}, NOW)
+
+
 @pytest.mark.parametrize("delay", ["soon", [], {}, math.nan, math.inf, -math.inf, 1e300])
 def test_a_delay_that_is_no_number_is_refused(delay: Any) -> None:
     with pytest.raises(PreconditionFailed, match="expected property 'DelaySeconds' to be a number"):

@@ -229,6 +229,9 @@ def variant(**changes: Any) -> bytes:
         variant(properties__delivery_info={"routing_key": []}),
         variant(properties__body_encoding=5),
         variant(properties__priority="high"),
+        variant(properties__priority=math.nan),
+        variant(properties__priority=math.inf),
+        variant(headers={"a": json.loads("[" * 201 + "]" * 201)}),
         variant(**{"content-type": 5}),
         variant(**{"content-encoding": ["utf-8"]}),
         b'{"__type__": "datetime", "__value__": "not one"}',
@@ -263,6 +266,11 @@ def test_what_may_be_missing(payload: bytes) -> None:
 
     assert decoded["headers"] == {}
     assert decoded["body"] == "x"
+
+
+@pytest.mark.parametrize("value", [json.loads("[" * 150 + "]" * 150), [[]] * 500], ids=len)
+def test_what_is_nested_or_wide_within_reason_is_a_message(value: Any) -> None:
+    assert envelope.decode(variant(headers={"a": value}))["headers"] == {"a": value}
 
 
 @given(st.binary(max_size=60))
@@ -345,6 +353,12 @@ def test_nats_headers_are_single_lines_whatever_the_message_says(
         assert value.isascii()
         assert value.isprintable()
         assert len(value) <= envelope.MAX_HEADER_VALUE
+
+
+def test_a_content_type_is_a_single_line_too() -> None:
+    message = {**made("x"), "content-type": "application/json\r\nNats-TTL: 1s"}
+
+    assert dict(envelope.headers_of("id-1", message))["Content-Type"].isprintable()
 
 
 def test_numbers_json_has_no_form_for_arrive() -> None:

@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from nats.js import api
 
-from kombu_jetstream.errors import QueueNameInvalid
+from kombu_jetstream.errors import PreconditionFailed, QueueNameInvalid
 from kombu_jetstream.options import Options
 from kombu_jetstream.topology import (
     LEVELS,
@@ -105,6 +105,13 @@ def test_levels_of_amqp_priorities() -> None:
         "high": [7, 8, 9, 10, 11],
     }
     assert level_of(-1, Options()) == "medium"
+
+
+@pytest.mark.parametrize("priority", ["9", "high", [], float("nan")])
+@pytest.mark.parametrize("order", ["amqp", "redis"])
+def test_a_priority_that_is_no_number_is_refused(priority: Any, order: Any) -> None:
+    with pytest.raises(PreconditionFailed, match="expected a message's priority to be a number"):
+        level_of(priority, Options(priority_order=order), 10)
 
 
 def test_levels_of_redis_priorities() -> None:
