@@ -11,7 +11,8 @@ A map, in the order to read it:
                         `settling` deliveries, `consuming` them
 `outgoing`              where a message goes, when, under which id;  `publishing` confirms
 `pulls`                 how much to ask of which queue and level (pure);  `qos` what is held
-`leases`                held deliveries stay ours, and outlive their connection
+`leases`                held deliveries stay ours, and outlive their connection; `dropped`
+                        says which of them nobody wants any more
 `jetstream`             JetStream's API: streams, consumers, pulls, settling
 `registry`              durable queues and bindings, shared by all;  `transient` the other queues
 `topology`              names and configurations (pure);  `routing` exchanges, patterns (pure)

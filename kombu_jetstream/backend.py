@@ -50,6 +50,8 @@ class Delivery:
     tag: int = 0
     #: the message object handed to the application, to see whether anybody can still settle it
     message: weakref.ref[Any] | None = None
+    #: Celery's request, if it waited in the worker for its eta when its connection was lost
+    request: weakref.ref[Any] | None = None
     settled: bool = False
     #: whatever else the store needs
     extra: Any = None

@@ -26,6 +26,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from .backend import Delivery
+from .dropped import is_dropped, note_scheduled
 from .errors import ConnectionLost, JetStreamTransportError
 from .options import Options
 
@@ -45,8 +46,9 @@ BEATS_PER_LEASE = 3
 #: Seconds between looks at orphans, whose message objects may vanish at any time.
 ORPHAN_INTERVAL = 0.2
 
-#: Seconds for which an acknowledgement may wait for the next one, to leave in one write.
-SEND_DELAY = 0.01
+#: Seconds for which an acknowledgement or a pipelined publish may wait for the next one, to leave
+#: in one write.
+SEND_DELAY = 0.005
 
 #: Seconds between looks at idle connections, whose server expects its PINGs answered.
 IDLE_INTERVAL = 10.0
@@ -185,10 +187,10 @@ class Ledger:
 
     def adopt(self, deliveries: Iterable[Delivery]) -> None:
         """Take over the deliveries of a lost connection."""
+        held = [delivery for delivery in deliveries if not delivery.settled]
+        note_scheduled(held)
         with self._lock:
-            for delivery in deliveries:
-                if not delivery.settled:
-                    self._orphans[delivery.token] = delivery
+            self._orphans.update((delivery.token, delivery) for delivery in held)
         self._wake.set()
 
     def keep_unconfirmed(self, messages: list[Unconfirmed]) -> None:
@@ -277,7 +279,7 @@ class Ledger:
             for token, delivery in list(self._orphans.items()):
                 if delivery.settled:
                     del self._orphans[token]
-                elif delivery.message is None or delivery.message() is None:
+                elif is_dropped(delivery):
                     del self._orphans[token]
                     self._unsent.append((token, b"-NAK"))
             extend = due(

@@ -333,6 +333,29 @@ def test_countdown_written_to_redis_waits_in_the_worker(
         assert entry.at - sent >= 3.0
 
 
+@pytest.mark.parametrize("pool", ["prefork", "threads", "gevent"])
+def test_a_countdown_taken_from_redis_runs_once_after_jetstream_is_back(
+    site: Site, nats_server: NatsServer, lists: redis.Redis, pool: str
+) -> None:
+    site.send("noop", 1)
+    nats_server.kill()
+    with site.worker(pool=pool) as worker:
+        task_ids = site.send("noop", 3, countdown=6.0)
+        eventually(lambda: _received(worker, task_ids), within=10)
+
+        nats_server.start()
+        worker.wait_log("JetStream is back", within=10)
+
+        site.wait_ended(task_ids, within=20)
+        site.assert_each_ran_once(task_ids)
+        eventually(lambda: waiting(lists) == 0, within=5)
+
+
+def _received(worker: CeleryWorker, task_ids: list[str]) -> bool:
+    log = worker.log
+    return all(f"[{task_id}] received" in log for task_id in task_ids)
+
+
 def test_remote_control_is_absent_meanwhile_and_comes_back(
     site: Site, nats_server: NatsServer
 ) -> None:

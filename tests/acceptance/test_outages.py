@@ -155,6 +155,28 @@ def test_reserved_tasks_come_back_at_once_after_a_loss(
     site.assert_each_ran_once([*running, *reserved])
 
 
+@pytest.mark.pools
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_task_the_worker_holds_for_its_eta_runs_once_after_a_loss(
+    server: NatsServer, make_site: Callable[..., Site], pool: str
+) -> None:
+    """Celery drops it with the connection, but not the objects that would say so."""
+    options = {"delay_threshold": 3600, "visibility_timeout": VISIBILITY_TIMEOUT}
+    site = make_site(server.broker_url, "held", broker_transport_options=options)
+    worker = site.worker(pool=pool, concurrency=1)
+    start_all([worker])
+    task_ids = site.send("noop", 2, countdown=TASK / 2)
+    eventually(
+        lambda: all(f"[{task_id}] received" in worker.log for task_id in task_ids), within=10
+    )
+
+    server.kill()
+    server.start()
+
+    site.wait_ended(task_ids, within=VISIBILITY_TIMEOUT / 2)
+    site.assert_each_ran_once(task_ids)
+
+
 def _reserved(site: Site, worker: CeleryWorker) -> set[str]:
     answers = site.client.control.inspect([worker.hostname], timeout=1).reserved() or {}
     return {task["id"] for tasks in answers.values() for task in tasks}
