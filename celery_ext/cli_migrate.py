@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from celery.platforms import EX_FAILURE
@@ -22,6 +22,9 @@ from .cli_common import (
     remark,
 )
 
+if TYPE_CHECKING:
+    from .migrate import Status
+
 __all__ = ["migrate"]
 
 
@@ -35,14 +38,27 @@ def migrate() -> None:
 @json_option
 def show_status(ctx: click.Context, queue_names: list[str] | None, as_json: bool) -> None:
     """Show what waits where."""
-    from .migrate import open_migration
-    from .tables import Column
+    from kombu_jetstream.errors import ConnectionLost
 
-    with open_migration(ctx.obj.app) as migration:
-        found = migration.status(queue_names)
+    from .migrate import open_migration, status_without_jetstream
+
+    away = None
+    try:
+        with open_migration(ctx.obj.app) as migration:
+            found = migration.status(queue_names)
+    except ConnectionLost as exc:
+        found, away = status_without_jetstream(ctx.obj.app), exc
     if as_json:
         print_json(ctx, found.as_json())
-        return
+    else:
+        _print_status(ctx, found)
+    if away is not None:
+        raise away
+
+
+def _print_status(ctx: click.Context, found: Status) -> None:
+    from .tables import Column
+
     ctx.obj.echo(f"migration_phase {found.phase!r}")
     columns = [
         Column("queue"),
@@ -50,8 +66,16 @@ def show_status(ctx: click.Context, queue_names: list[str] | None, as_json: bool
         Column("in JetStream", right=True, keep=True),
         Column("in flight", right=True, keep=True),
     ]
-    rows = [[each.queue, each.redis, each.jetstream, each.in_flight] for each in found.queues]
-    print_table(ctx, columns, rows, "no queues")
+    rows = [
+        [
+            each.queue,
+            each.redis,
+            each.jetstream if each.jetstream is not None else "?",
+            each.in_flight if each.in_flight is not None else "?",
+        ]
+        for each in found.queues
+    ]
+    print_table(ctx, columns, rows, "nothing waits in Redis")
     for number, what in (
         (found.held, "held by workers that took them from Redis"),
         (found.unacked, "taken by plain redis:// workers and not acknowledged"),
@@ -152,6 +176,12 @@ def drain_lists(
             else:
                 ctx.obj.echo(f"{count_of(waiting, 'message')} would move to JetStream")
             return
+        if before.held:
+            remark(
+                ctx,
+                f"{count_of(before.held, 'message')} {'is' if before.held == 1 else 'are'} held by "
+                "workers, or were by dead ones; run it again when these have ended",
+            )
         if not waiting:
             remark(ctx, "nothing waits in Redis")
         else:

@@ -1,14 +1,16 @@
-"""Whether the Redis that takes over while JetStream is away could do so now."""
+"""The Redis that takes over while JetStream is away: whether it could now, and what it has."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 from kombu_jetstream.errors import FallbackLost
 from kombu_jetstream.options import Options
 
-__all__ = ["Remark", "examine"]
+__all__ = ["FallbackState", "Remark", "examine", "look"]
 
 #: Oldest Redis that works.
 OLDEST_REDIS = (6, 2)
@@ -23,6 +25,54 @@ class Remark:
     remedy: str
 
 
+@dataclass(frozen=True, slots=True)
+class FallbackState:
+    """What is in the fallback Redis at one moment."""
+
+    #: Why nothing is known, None if Redis answered.
+    problem: str | None = None
+    #: Messages that wait, by queue; queues without any are left out.
+    waiting: dict[str, int] = field(default_factory=dict)
+    #: Messages our workers took and did not settle.
+    held: int = 0
+    #: Dead letters that wait for JetStream.
+    letters: int = 0
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def look(app: Any, options: Options) -> FallbackState | None:
+    """Return what is in the fallback Redis, or None without one.
+
+    It waits for Redis: at most a few seconds.  Does not need JetStream.
+    """
+    if options.fallback_url is None:
+        return None
+    with _lists(options) as lists:
+        try:
+            queues = sorted({*app.amqp.queues, *lists.bound_queues()})
+            sizes = {queue: lists.size(queue) for queue in queues}
+            return FallbackState(
+                waiting={queue: size for queue, size in sizes.items() if size},
+                held=lists.held_by_all(),
+                letters=lists.letters(),
+            )
+        except FallbackLost as exc:
+            return FallbackState(problem=exc.reason)
+
+
+@contextmanager
+def _lists(options: Options) -> Iterator[Any]:
+    from kombu_jetstream.redis_lists import RedisLists
+
+    lists = RedisLists(options)
+    try:
+        yield lists
+    finally:
+        lists.close()
+
+
 def examine(options: Options) -> list[Remark]:
     """Return what is wrong with the fallback of *options*; nothing without one.
 
@@ -31,7 +81,8 @@ def examine(options: Options) -> list[Remark]:
     if options.fallback_url is None:
         return []
     try:
-        from kombu_jetstream.redis_lists import RedisLists
+        with _lists(options) as lists:
+            found = lists.describe()
     except ModuleNotFoundError as exc:
         return [
             Remark(
@@ -40,14 +91,18 @@ def examine(options: Options) -> list[Remark]:
                 "pip install 'kombu-jetstream[redis]'",
             )
         ]
-    lists = RedisLists(options)
-    try:
-        found = lists.describe()
     except FallbackLost as exc:
         return [Remark("error", str(exc), "start Redis, or correct fallback_url")]
-    finally:
-        lists.close()
     remarks = []
+    if found.version is None:
+        remarks.append(
+            Remark(
+                "warning",
+                "the fallback Redis does not tell us whether it keeps and does not drop messages",
+                "allow INFO to this user, or see to appendonly yes and maxmemory-policy noeviction",
+            )
+        )
+        return remarks
     if tuple(int(part) for part in found.version.split(".")[:2] if part.isdigit()) < OLDEST_REDIS:
         remarks.append(
             Remark("error", f"the fallback is Redis {found.version}", "use 6.2 or newer, or Valkey")

@@ -19,7 +19,8 @@ from prometheus_client.registry import Collector
 
 from kombu_jetstream.errors import JetStreamTransportError
 
-from .broker import connect
+from .broker import connect, options_of
+from .fallback_health import FallbackState, look
 from .overview import Overview, overview
 
 __all__ = ["BrokerCollector", "serve"]
@@ -39,7 +40,8 @@ _QUEUE = {
 class BrokerCollector(Collector):
     """Asks the broker of an app at each scrape.
 
-    A broker that cannot be reached makes ``celery_jetstream_up`` 0, and no other metric.
+    A broker that cannot be reached makes ``celery_jetstream_up`` 0, and no other metric but those
+    of the fallback Redis, if there is one.
     """
 
     def __init__(self, app: Any, *, timeout: float = 5.0) -> None:
@@ -59,6 +61,9 @@ class BrokerCollector(Collector):
             yield from _queue_metrics(found)
             yield from _stream_metrics(found)
             yield from _letter_metrics(found)
+        fallback = look(self._app, options_of(self._app))
+        if fallback is not None:
+            yield from _fallback_metrics(fallback)
 
     async def _look(self) -> Overview:
         async with connect(self._app, timeout=self._timeout) as broker:
@@ -117,6 +122,27 @@ def _letter_metrics(found: Overview) -> Iterator[Metric]:
     at = found.oldest_dead_letter_at
     oldest.add_metric([], max(0.0, time.time() - at) if at is not None else 0.0)
     yield oldest
+
+
+def _fallback_metrics(found: FallbackState) -> Iterator[Metric]:
+    up = GaugeMetricFamily("celery_jetstream_fallback_up", "Whether the fallback Redis answered.")
+    up.add_metric([], 1.0 if found.problem is None else 0.0)
+    yield up
+    if found.problem is not None:
+        return
+    waiting = GaugeMetricFamily(
+        "celery_jetstream_fallback_ready",
+        "Messages that wait in the fallback Redis.",
+        labels=["queue"],
+    )
+    for queue, count in found.waiting.items():
+        waiting.add_metric([queue], float(count))
+    yield waiting
+    held = GaugeMetricFamily(
+        "celery_jetstream_fallback_in_flight", "Messages workers took from the fallback Redis."
+    )
+    held.add_metric([], float(found.held))
+    yield held
 
 
 def serve(app: Any, host: str, port: int, *, timeout: float, say: Callable[[str], None]) -> None:

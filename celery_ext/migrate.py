@@ -25,7 +25,10 @@ from kombu_jetstream.migration import (
 )
 from kombu_jetstream.redis_lists import RedisLists
 
-__all__ = ["Migration", "Status", "WaitingQueue", "open_migration"]
+from .broker import options_of
+from .fallback_health import look
+
+__all__ = ["Migration", "Status", "WaitingQueue", "open_migration", "status_without_jetstream"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +38,10 @@ class WaitingQueue:
     queue: str
     #: Messages in its Redis lists.
     redis: int
-    #: Messages in JetStream that a worker may have now, and those workers hold.
-    jetstream: int
-    in_flight: int
+    #: Messages in JetStream that a worker may have now, and those workers hold; None while it is
+    #: away.
+    jetstream: int | None
+    in_flight: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +80,24 @@ def open_migration(app: Any) -> Iterator[Migration]:
             raise ConnectionLost(f"JetStream is away ({session.fallback.cause})")
         session.fallback.lists.ping()
         yield Migration(app, session)
+
+
+def status_without_jetstream(app: Any) -> Status:
+    """Return what is in Redis while JetStream is away.  Raises `ConnectionLost` without Redis."""
+    options = options_of(app)
+    found = look(app, options)
+    if found is None:
+        raise OptionsError("expected 'fallback_url' to be given", "fallback_url")
+    if found.problem is not None:
+        raise ConnectionLost(found.problem)
+    return Status(
+        phase=options.migration_phase,
+        queues=[WaitingQueue(queue, size, None, None) for queue, size in found.waiting.items()],
+        held=found.held,
+        unacked=0,
+        draining=0,
+        mirrored=None,
+    )
 
 
 class Migration:
@@ -141,6 +163,7 @@ class Migration:
         unacked: bool,
         progress: Callable[[int], None],
     ) -> DrainReport:
+        self._lists.reclaim()
         drain = Drain(self._session, self._lists)
         return drain.run(
             queues or self.queues, in_doubt=in_doubt, unacked=unacked, progress=progress

@@ -228,6 +228,8 @@ class NoResponders(ConnectionLost):
     def __init__(self, subject: str) -> None:
         self.subject = subject
         self.reason = f"nobody listens on {subject!r}: no stream, or it has no leader now"
+        if subject.startswith("$JS.") and not subject.startswith("$JS.API."):
+            self.reason += "; or another jetstream_domain than the servers'"
         self._set(self.reason, subject)
 
 
@@ -263,23 +265,25 @@ class ConsumerGone(ConnectionLost):
 
 
 class FallbackLost(ConnectionLost):
-    """The fallback Redis cannot be reached either, or did not confirm.
+    """The fallback Redis cannot be reached either, did not confirm, or refused.
 
     Cause: `problem` is what Redis or the way to it said, `jetstream` why JetStream is away, empty
     when only Redis is.
     Remedy: bring one of the two back; kombu and Celery keep trying as their retry settings say.
     """
 
-    def __init__(self, problem: str, jetstream: str = "") -> None:
+    def __init__(self, problem: str, jetstream: str = "", *, refused: bool = False) -> None:
         self.problem = problem
         self.jetstream = jetstream
         if jetstream:
+            either = "can be used" if refused else "can be reached"
             self.reason = (
-                f"neither JetStream nor the fallback Redis can be reached "
+                f"neither JetStream nor the fallback Redis {either} "
                 f"(JetStream: {jetstream}; Redis: {problem})"
             )
         else:
-            self.reason = f"the fallback Redis cannot be reached ({problem})"
+            what = "refuses" if refused else "cannot be reached"
+            self.reason = f"the fallback Redis {what} ({problem})"
         self._set(self.reason, problem, jetstream)
 
 
@@ -304,13 +308,15 @@ class AuthenticationFailed(ConnectionRejected):
     def __init__(self, server: str, reason: str = "") -> None:
         self.server = _without_credentials(server)
         self.reason = reason
-        told = f" ({reason})" if reason else ""
-        super().__init__(
-            f"server {self.server} refused the credentials{told}; look at the user, password or "
-            "token of the URL, at credentials_file and at nkey_seed_file",
-            self.server,
-            reason,
-        )
+        if reason.startswith("cannot read"):
+            told = f"cannot log in to server {self.server}: {reason}"
+        else:
+            why = f" ({reason})" if reason else ""
+            told = (
+                f"server {self.server} refused the credentials{why}; look at the user, password or "
+                "token of the URL, at credentials_file and at nkey_seed_file"
+            )
+        super().__init__(told, self.server, reason)
 
 
 class TLSNotOffered(ConnectionRejected):

@@ -157,6 +157,8 @@ class Fallback:
         self.diverted = self.ambiguous = 0
         #: copies that did not reach the mirror, with ``migration_phase`` "dual-write"
         self.mirror_failures = 0
+        #: monotonic time until which no copy is tried, as the last one was not answered
+        self.mirror_rests_until = float("-inf")
         self._settings = replace(settings, connect_timeout=PROBE_TIMEOUT)
         self._unsure: OrderedDict[str, None] = OrderedDict()
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
@@ -165,6 +167,7 @@ class Fallback:
         self._thread: threading.Thread | None = None
         self._used_at = 0.0
         self.lists.wake = self._wake.set
+        self.lists.needed_because = self._why_away
 
     def happened(self, event: Event, exc: Exception | None = None) -> State:
         """Tell the state machine what came of a try; *exc* says what went wrong."""
@@ -175,6 +178,9 @@ class Fallback:
         if state is not before:
             self._wake.set()
         return state
+
+    def _why_away(self) -> str:
+        return self.cause if self.failover.state is not State.JETSTREAM else ""
 
     # -- writing -------------------------------------------------------------------------------
 
@@ -198,11 +204,7 @@ class Fallback:
         Raises `FallbackLost`, with why JetStream is away if it is.
         """
         properties = message["properties"]
-        try:
-            self.lists.push(queues, payload, properties.get("priority"), bucket=bucket)
-        except FallbackLost as exc:
-            away = self.failover.state is not State.JETSTREAM
-            raise FallbackLost(exc.problem, self.cause if away else "") from exc
+        self.lists.push(queues, payload, properties.get("priority"), bucket=bucket)
         if self.writes_redis:
             return
         self.diverted += 1
@@ -250,6 +252,8 @@ class Fallback:
                     record["death"],
                 )
                 self.lists.drop_letter(raw)
+        except FallbackLost as exc:
+            logger.debug("dead letters of the outage, if any, wait in Redis: %s", exc)
         except JetStreamTransportError as exc:
             logger.warning("dead letters of the outage wait in Redis: %s", exc)
 
@@ -597,10 +601,7 @@ class RedisSession(_ReadsLists):
 
     def __init__(self, client: kombu.Connection, options: Options, fallback: Fallback) -> None:
         _ReadsLists.__init__(self)
-        try:
-            fallback.lists.ping()
-        except FallbackLost as exc:
-            raise FallbackLost(exc.problem, fallback.cause) from exc
+        fallback.lists.ping()
         self.client = client
         self.options = options
         self.fallback = fallback
@@ -630,6 +631,9 @@ class RedisSession(_ReadsLists):
                 self.ledger.keep_unconfirmed(messages)
                 raise
             del messages[0]
+
+    #: lists have no TTLs, and what Celery's tasks say of theirs Celery looks at
+    server_expires = True
 
     @property
     def is_current(self) -> bool:

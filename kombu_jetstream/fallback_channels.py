@@ -29,7 +29,7 @@ from .errors import (
     PublishTimeout,
     RequestTimeout,
 )
-from .failover import Event
+from .failover import Event, State
 from .message import Message
 from .migration import bucket_of, mirror
 from .outgoing import Outgoing
@@ -42,6 +42,11 @@ if TYPE_CHECKING:
 __all__ = ["AbsentQueue", "DualChannel", "RedisChannel"]
 
 logger = logging.getLogger(__name__)
+
+#: Seconds without copies to the mirror after one that was not answered, and seconds for the one
+#: that is tried then.
+MIRROR_REST = 5.0
+MIRROR_TRIAL_TIMEOUT = 0.2
 
 #: Seconds for the messages that are on their way when a consumer ends.
 TAKE_TIMEOUT = 1.0
@@ -275,18 +280,25 @@ class DualOutgoing(Outgoing):
         fallback = self._fallback
         if fallback.writes_redis:
             return self._publish_to_redis(message, exchange, routing_key, mandatory)
-        if fallback.failover.is_degraded:  # another connection found out
-            raise ConnectionLost("JetStream is away, Redis takes over")
+        if fallback.failover.is_degraded:  # another connection found out, or this one did
+            queues = self._dual.known_routes(exchange, routing_key)
+            if not queues:
+                raise ConnectionLost("JetStream is away, Redis takes over")
+            fallback.write(queues, message, self._payload(message, exchange, routing_key))
+            return True
         is_open = self._session.nats.is_open
         patience = fallback.patience
         try:
-            return super().publish(
+            is_routed = super().publish(
                 message,
                 exchange,
                 routing_key,
                 mandatory,
                 min(timeout, patience) if timeout is not None else patience,
             )
+            if fallback.failover.state is State.RECOVERING:
+                fallback.happened(Event.WORKED)
+            return is_routed
         except (PublishTimeout, RequestTimeout, NoResponders) as exc:
             return self._give_up(message, exchange, routing_key, exc)
         except ConnectionLost:
@@ -305,8 +317,12 @@ class DualOutgoing(Outgoing):
         if not queues:
             raise exc
         fallback.unsure(str(message["properties"]["delivery_tag"]))
-        fallback.write(queues, message, envelope.encode(message))
+        fallback.write(queues, message, self._payload(message, exchange, routing_key))
         return True
+
+    def _payload(self, message: envelope.Envelope, exchange: str, routing_key: str) -> bytes:
+        message["properties"]["delivery_info"] = {"exchange": exchange, "routing_key": routing_key}
+        return envelope.encode(message)
 
     def _publish_to_redis(
         self, message: envelope.Envelope, exchange: str, routing_key: str, mandatory: bool
@@ -322,12 +338,10 @@ class DualOutgoing(Outgoing):
         elif not queues and properties.get("delivery_mode") != TRANSIENT:
             queues = (routing_key,)  # a queue of kombu's Redis transport needs no declaration
         if not queues or exchange:
-            properties["delivery_info"] = {"exchange": exchange, "routing_key": routing_key}
             heard = self._to_transient(message, exchange, routing_key, mandatory and not queues)
             if not queues:
                 return heard
-        properties["delivery_info"] = {"exchange": exchange, "routing_key": routing_key}
-        payload = envelope.encode(message)
+        payload = self._payload(message, exchange, routing_key)
         if self._mirrors:
             bucket = bucket_of(time.time())
             fallback.write(queues, message, payload, bucket=bucket)
@@ -344,7 +358,7 @@ class DualOutgoing(Outgoing):
             subject = names.exchange(exchange, key_subject(routing_key)).encode()
         else:
             subject = names.transient_queue(routing_key).encode()
-        payload = envelope.encode(message)
+        payload = self._payload(message, exchange, routing_key)
         if mandatory:
             return self._heard(subject, payload)
         nats.publish(subject, payload)
@@ -353,15 +367,25 @@ class DualOutgoing(Outgoing):
     def _mirror(
         self, queues: tuple[str, ...], message: envelope.Envelope, payload: bytes, bucket: int
     ) -> None:
-        timeout = self.options.fallback_after
+        fallback = self._fallback
+        now = time.monotonic()
+        if now < fallback.mirror_rests_until:
+            fallback.mirror_failures += 1
+            return
+        # A server that was frozen a moment ago gets no more patience for a copy.
+        is_trial = fallback.mirror_rests_until > 0
+        timeout = MIRROR_TRIAL_TIMEOUT if is_trial else self.options.fallback_after
         try:
             for queue in queues:
                 mirror(self._dual, queue, message, payload, bucket, timeout)
+            fallback.mirror_rests_until = float("-inf")
         except (JetStreamTransportError, OSError) as exc:
             # The message is in Redis: this is not worth failing for, `migrate compare` shows it.
-            if not self._fallback.mirror_failures:
+            if not fallback.mirror_failures:
                 logger.warning("a message did not reach the mirror: %s", exc)
-            self._fallback.mirror_failures += 1
+            fallback.mirror_failures += 1
+            if isinstance(exc, (PublishTimeout, RequestTimeout)):
+                fallback.mirror_rests_until = time.monotonic() + MIRROR_REST
 
 
 class AbsentQueue:

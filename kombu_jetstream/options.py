@@ -280,9 +280,25 @@ class Options:
                     name,
                 )
             values[name] = checked
+        if values.get("fallback_url") is not None:
+            _check_lists(transport_options or {})
         if values.get("tls_handshake_first"):
             values["tls"] = True
         return cls(**values)
+
+
+def _check_lists(transport_options: Mapping[str, object]) -> None:
+    """Refuse what names Redis lists in another way than kombu's default: none would be found."""
+    for name, default in (("sep", "\x06\x16"), ("priority_steps", [0, 3, 6, 9])):
+        value: Any = transport_options.get(name, default)
+        if isinstance(value, (tuple, range)):
+            value = list(value)
+        if value != default:
+            raise OptionsError(
+                f"expected {name!r} to be kombu's default with 'fallback_url', got {value!r}: "
+                "the lists of such messages have other names, and would not be read",
+                name,
+            )
 
 
 def _credentials(options: Options) -> list[str]:

@@ -54,13 +54,14 @@ from typing import Any
 
 import redis
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import NoPermissionError, RedisError, ResponseError
 from redis.retry import Retry
 
 from . import resp
 from .backend import Delivery, Outcome
+from .dropped import is_dropped, note_scheduled
 from .endpoint import poll_socket
-from .errors import FallbackLost, JetStreamTransportError
+from .errors import FallbackLost, JetStreamTransportError, OptionsError
 from .options import Options
 from .routing import topic_matches
 from .topology import LEVELS, level_of
@@ -93,14 +94,19 @@ POLL_INTERVAL = 1.0
 PONG_TIMEOUT = 5.0
 
 #: Signs of life, and looks for those of others, per ``fallback_liveness_timeout``.  A sign lasts
-#: for all but one of them, so that the dead are found within that time.
-BEATS_PER_LIVENESS = 4
+#: for all but three of them: the first look after it raises a suspicion, and the second or third
+#: one confirms it, so that the dead are found within that time, and the living have one beat and a
+#: half for a sign after Redis was away.
+BEATS_PER_LIVENESS = 5
+BEATS_OF_SUSPICION = 1.5
 
 #: How long Redis remembers that a message came back.
 ATTEMPTS_LIFETIME = 7 * 24 * 60 * 60
 
 #: Exchanges of Celery's remote control and events, whose queues are a worker's own.
 _OF_CONTROL = re.compile(r"(^|\.)pidbox$|^celeryev$")
+
+_CERT_REQS = re.compile(r"(ssl_cert_reqs=)CERT_(NONE|OPTIONAL|REQUIRED)\b")
 
 _BLOCKED = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
@@ -138,7 +144,8 @@ def _script(name: str) -> str:
 class Description:
     """A Redis, and what it has of ours beside the lists."""
 
-    version: str
+    #: None if INFO is not allowed to us: then nothing is known of persistence and eviction, either
+    version: str | None
     #: whether readers hear of new messages instead of looking once a second
     tracks: bool
     #: whether it has an append-only file
@@ -155,31 +162,27 @@ class RedisLists:
     def __init__(self, options: Options) -> None:
         assert options.fallback_url is not None
         self.options = options
-        self._url: str = options.fallback_url
+        # kombu takes ssl's names, redis-py has its own.
+        self._url: str = _CERT_REQS.sub(lambda m: m[1] + m[2].lower(), options.fallback_url)
         self.prefix = options.global_keyprefix
         self.worker = f"{socket.gethostname()}:{os.getpid()}:{os.urandom(4).hex()}"
         base = f"{self.prefix}_kombu_jetstream."
         self.held_prefix, self.alive_prefix = f"{base}held.", f"{base}alive."
+        self.suspected_prefix = f"{base}suspected."
         self.held_key = self.held_prefix + self.worker
         self.alive_key = self.alive_prefix + self.worker
         self.workers_key, self.attempts_key = f"{base}workers", f"{base}attempts"
         self.written_key, self.letters_key = f"{base}written", f"{base}letters"
         self.take_script = _script("take")
-        lifetime = options.fallback_liveness_timeout * (1 - 1 / BEATS_PER_LIVENESS)
-        self.liveness_ms = max(1, int(lifetime * 1000))
+        beat_ms = options.fallback_liveness_timeout / BEATS_PER_LIVENESS * 1000
+        self.liveness_ms = max(1, int(beat_ms * (BEATS_PER_LIVENESS - 3)))
+        self.suspicion_ms = max(1, int(beat_ms * BEATS_OF_SUSPICION))
         #: Numbers of takes; what a lost one moved is found by it.
         self.takes = count(1)
         #: whether the last command was answered
         self.available = True
         self.problem: Exception | None = None
-        self._client = redis.Redis.from_url(
-            self._url,
-            socket_timeout=COMMAND_TIMEOUT,
-            socket_connect_timeout=CONNECT_TIMEOUT,
-            # A push repeated by the driver would be there twice; whoever calls may repeat it.
-            retry=Retry(NoBackoff(), 0),
-            client_name="kombu_jetstream",
-        )
+        self._client = self._new_client()
         self._requeue = self._client.register_script(_script("requeue"))
         self._reclaim = self._client.register_script(_script("reclaim"))
         self._take = self._client.register_script(self.take_script)
@@ -193,6 +196,8 @@ class RedisLists:
         self._later: list[tuple[float, int, Delivery]] = []
         self._order = count()
         self.readers = 0
+        #: why JetStream is away, empty when it is not: for errors, which name both
+        self.needed_because: Callable[[], str] = str
         #: called when the keeper has something to do before its next beat
         self.wake: Callable[[], None] = lambda: None
         #: whether that is a beat
@@ -200,6 +205,26 @@ class RedisLists:
         self._routes: dict[str, tuple[float, list[tuple[str, str, str]]]] = {}
 
     # -- the driver ----------------------------------------------------------------------------
+
+    def _new_client(self) -> redis.Redis:
+        """Return the driver's client, which connects when it is used.
+
+        Raises `OptionsError` for a URL it cannot read, or with a parameter it does not know.
+        """
+        try:
+            client: redis.Redis = redis.Redis.from_url(
+                self._url,
+                socket_timeout=COMMAND_TIMEOUT,
+                socket_connect_timeout=CONNECT_TIMEOUT,
+                # A push repeated by the driver would be there twice; who calls may repeat it.
+                retry=Retry(NoBackoff(), 0),
+            )
+            client.connection_pool.make_connection()
+        except (ValueError, TypeError, RedisError) as exc:
+            raise OptionsError(
+                f"expected 'fallback_url' to be a Redis URL: {self.told(exc)}", "fallback_url"
+            ) from exc
+        return client
 
     def connection(self) -> Any:
         """Return a connected redis-py connection that speaks RESP3, for a reader of its own."""
@@ -209,7 +234,6 @@ class RedisLists:
             socket_timeout=COMMAND_TIMEOUT,
             socket_connect_timeout=CONNECT_TIMEOUT,
             retry=Retry(NoBackoff(), 0),
-            client_name="kombu_jetstream",
         )
         connection: Any = pool.make_connection()
         connection.connect()
@@ -219,9 +243,12 @@ class RedisLists:
         """Return *operation* of the driver's client, or raise `FallbackLost`."""
         try:
             answer = operation(self._client)
+        except ResponseError as exc:
+            # It is there, and refuses this one: no rights, no memory.
+            raise FallbackLost(self.told(exc), self.needed_because(), refused=True) from exc
         except _FAILURES as exc:
             self.failed(exc)
-            raise FallbackLost(self.told(exc)) from exc
+            raise FallbackLost(self.told(exc), self.needed_because()) from exc
         self.worked()
         return answer
 
@@ -249,8 +276,13 @@ class RedisLists:
         self.call(lambda client: client.ping())
 
     def describe(self) -> Description:
-        """Return what an operator wants to know of this Redis."""
-        info = self.call(lambda client: client.info())
+        """Return what an operator wants to know of this Redis, as far as it may be asked."""
+        try:
+            info = self.call(lambda client: client.info())
+        except FallbackLost as exc:
+            if not isinstance(exc.__cause__, NoPermissionError):
+                raise
+            info = {}
         connection = self.connection()
         try:
             connection.send_command("CLIENT", "TRACKING", "ON")
@@ -260,13 +292,13 @@ class RedisLists:
         finally:
             connection.disconnect()
         return Description(
-            version=str(info.get("redis_version")),
+            version=str(info["redis_version"]) if info else None,
             tracks=tracks,
             persistent=bool(int(info.get("aof_enabled", 0))),
             evicts=str(info.get("maxmemory_policy", "noeviction")) != "noeviction"
             and int(info.get("maxmemory", 0)) > 0,
             held=self.held_by_all(),
-            letters=int(self.call(lambda client: client.llen(self.letters_key))),
+            letters=self.letters(),
         )
 
     # -- queues --------------------------------------------------------------------------------
@@ -347,6 +379,10 @@ class RedisLists:
         found: bytes | None = self.call(lambda client: client.lindex(self.letters_key, 0))
         return found
 
+    def letters(self) -> int:
+        """Return how many dead letters are kept."""
+        return int(self.call(lambda client: client.llen(self.letters_key)))
+
     def drop_letter(self, letter: bytes) -> None:
         self.call(lambda client: client.lrem(self.letters_key, 1, letter))
 
@@ -409,7 +445,12 @@ class RedisLists:
             self._routes.pop(exchange, None)
 
     def route(self, exchange: str, exchange_type: str, key: str) -> tuple[str, ...]:
-        """Return the queues that *key* of a named exchange reaches."""
+        """Return the queues that *key* of a named exchange reaches.
+
+        None for remote control and events: plain workers hear those by PUBSUB, and read no list.
+        """
+        if _OF_CONTROL.search(exchange):
+            return ()
         found = {
             queue: None
             for bound, pattern, queue in self._bindings(exchange)
@@ -525,10 +566,10 @@ class RedisLists:
 
     def adopt(self, deliveries: Iterable[Delivery]) -> None:
         """Take over what a lost channel held."""
+        held = [delivery for delivery in deliveries if not delivery.settled]
+        note_scheduled(held)
         with self._lock:
-            for delivery in deliveries:
-                if not delivery.settled:
-                    self._orphans[delivery.token] = delivery
+            self._orphans.update((delivery.token, delivery) for delivery in held)
         self.wake()
 
     @property
@@ -563,7 +604,13 @@ class RedisLists:
         flat = self.call(
             lambda client: self._reclaim(
                 [self.workers_key, self.attempts_key],
-                [self.alive_prefix, self.held_prefix, ATTEMPTS_LIFETIME],
+                [
+                    self.alive_prefix,
+                    self.held_prefix,
+                    self.suspected_prefix,
+                    ATTEMPTS_LIFETIME,
+                    self.suspicion_ms,
+                ],
             )
         )
         total = 0
@@ -610,7 +657,7 @@ class RedisLists:
             for token, delivery in list(self._orphans.items()):
                 if delivery.settled:
                     del self._orphans[token]
-                elif delivery.message is None or delivery.message() is None:
+                elif is_dropped(delivery):
                     del self._orphans[token]
                     delivery.settled = True
                     self._unsent.append((delivery, "nak"))

@@ -24,7 +24,7 @@ import trustme
 
 from celery_ext.fallback_health import examine
 from kombu_jetstream.backend import Delivery
-from kombu_jetstream.errors import FallbackLost
+from kombu_jetstream.errors import FallbackLost, OptionsError
 from kombu_jetstream.options import Options
 from kombu_jetstream.redis_lists import MAX_TAKE, ListReader, RedisLists
 from tests.servers import RedisServer, eventually, free_port
@@ -582,3 +582,89 @@ def test_what_is_wrong_with_the_fallback_is_told(
     (away,) = examine(options(redis_server))
     assert away.severity == "error"
     assert "refused" in away.message
+
+
+def test_the_living_lose_nothing_when_redis_was_away_for_long(
+    lists: RedisLists, redis_server: RedisServer, client: redis.Redis
+) -> None:
+    other = RedisLists(options(redis_server, fallback_liveness_timeout=1.0))
+    push(lists, "q", b"x")
+    taken(lists)
+    lists.beat()
+    other.beat()
+
+    client.delete(lists.alive_key, other.alive_key)  # their time was over meanwhile
+    other.beat()  # the first one back looks for the dead
+    lists.beat()
+
+    other.beat()
+    assert client.hvals(lists.held_key) == [b"x"]
+    assert client.llen("q") == 0
+    other.close()
+
+
+@pytest.mark.parametrize("exchange", ["celery.pidbox", "reply.celery.pidbox", "celeryev"])
+def test_what_plain_workers_hear_by_pubsub_goes_to_no_list(
+    lists: RedisLists, exchange: str
+) -> None:
+    lists.bind(exchange, "fanout", "", "w@host.celery.pidbox")
+
+    assert lists.route(exchange, "fanout", "") == ()
+
+
+def test_a_command_that_is_refused_does_not_make_redis_away(
+    lists: RedisLists, client: redis.Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    lists.needed_because = lambda: "no server"
+    client.config_set("maxmemory", "1")
+
+    with pytest.raises(FallbackLost) as caught:
+        lists.push(["q"], b"x", 0)
+
+    told = str(caught.value)
+    assert "neither JetStream nor the fallback Redis can be used" in told
+    assert "no server" in told
+    assert "OOM" in told
+    assert lists.available
+    assert "is away" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "user",
+    ["+@all -@dangerous", "+@all -@dangerous -@connection +ping +hello +auth"],
+    ids=["no dangerous commands", "no CLIENT at all"],
+)
+def test_a_user_without_administrative_commands_can_use_it(
+    redis_server: RedisServer, client: redis.Redis, user: str
+) -> None:
+    client.execute_command("ACL", "SETUSER", "shop", "on", ">geheim", "~*", *user.split())
+    url = redis_server.url.replace("//", "//shop:geheim@")
+    lists = RedisLists(Options(fallback_url=url))
+
+    push(lists, "q", b"x")
+    assert taken(lists).payload == b"x"
+    (remark,) = examine(Options(fallback_url=url))
+    assert remark.severity == "warning"
+    assert "allow INFO" in remark.remedy
+    lists.close()
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["redis://127.0.0.1:notaport/0", "redis://127.0.0.1/0?socket_timeoutt=3"],
+    ids=["port", "parameter"],
+)
+def test_a_url_redis_cannot_read_is_a_bad_option(url: str) -> None:
+    with pytest.raises(OptionsError, match="expected 'fallback_url' to be a Redis URL") as caught:
+        RedisLists(Options(fallback_url=url))
+
+    assert caught.value.option == "fallback_url"
+
+
+@pytest.mark.parametrize("name", ["CERT_NONE", "CERT_REQUIRED", "none", "required"])
+def test_certificates_are_asked_for_by_both_names(name: str) -> None:
+    lists = RedisLists(Options(fallback_url=f"rediss://127.0.0.1:1/0?ssl_cert_reqs={name}"))
+
+    with pytest.raises(FallbackLost, match="refused"):
+        lists.ping()
+    lists.close()

@@ -884,3 +884,20 @@ def test_every_option_is_read_by_the_code() -> None:
     read = set(re.findall(r"\b(?:options|parsed)\.(\w+)", sources))
 
     assert FIELDS.keys() - read == set()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("sep", ":"), ("priority_steps", [0, 5]), ("priority_steps", range(10))]
+)
+def test_lists_of_other_names_are_refused_with_a_fallback(name: str, value: Any) -> None:
+    url = "jetstream://h"
+    Options.parse(url, {name: value})  # as before: they mean nothing here
+
+    with pytest.raises(OptionsError, match=f"expected '{name}' to be kombu's default"):
+        Options.parse(url, {name: value, "fallback_url": "redis://h"})
+
+
+def test_lists_of_kombus_names_may_be_said() -> None:
+    said = {"sep": "\x06\x16", "priority_steps": (0, 3, 6, 9), "fallback_url": "redis://h"}
+
+    assert Options.parse("jetstream://h", said).fallback_url == "redis://h"
