@@ -86,6 +86,15 @@ MAX_PINGS_OUT: Final = 2
 #: Denied subjects that are kept for `NatsConnection.check`.
 MAX_DENIALS: Final = 16
 
+#: Seconds a wait looks at the socket again and again before it sleeps.
+SPIN: Final = 100e-6
+
+#: Waits in a row that may do so in vain, and the first one of how many tries it again then.
+SPIN_TRUST: Final = 4
+SPIN_TRIAL: Final = 64
+
+_CORES: Final = os.cpu_count()
+
 NO_RESPONDERS: Final = 503
 
 _DENIED: Final = re.compile(
@@ -147,6 +156,7 @@ class NatsConnection:
         self._denials: deque[PermissionDenied] = deque(maxlen=MAX_DENIALS)
         self._heard = True
         self._reads = self._reads_seen = 0
+        self._waits = self._spins_left = 0
         #: Monotonic time of the last look at the socket.
         self.read_at = 0.0
         self._ping_due = 0.0
@@ -165,7 +175,7 @@ class NatsConnection:
     @property
     def is_open(self) -> bool:
         """Whether the connection can be used, as far as is known without trying."""
-        return self._is_accepted and self._failure is None and self.pid == os.getpid()
+        return self._is_accepted and self._failure is None  # set in a forked child, too
 
     @property
     def discovered_servers(self) -> tuple[Server, ...]:
@@ -196,6 +206,8 @@ class NatsConnection:
 
         For what is published without being a request; a request gets it as its answer.
         """
+        if not self._denials:
+            return None
         for error in list(self._denials):
             # The server may spell the subject in lower case.
             is_it = error.subject.lower().startswith(prefix.decode().lower())
@@ -422,17 +434,17 @@ class NatsConnection:
         with self._lock:
             self._corks += 1
 
-    def uncork(self, *, send: bool = True) -> None:
+    def uncork(self, *, keep: int = 0) -> None:
         """End a `cork`; the last one sends what was collected.
 
-        With *send* false it stays, up to 64 KiB, for whatever is written next, `flush` or `wait`.
+        Up to *keep* bytes of it stay for whatever is written next, `flush` or `wait`.
         Does not raise for a connection that was lost before: the next use does.
         """
         with self._lock:
             self._corks -= 1
             if self._corks or not self._out or self._failure is not None:
                 return
-            if (not send and len(self._out) <= CORK_BYTES) or self._send():
+            if len(self._out) <= keep or self._send():
                 return
         self._wait_for_room()
 
@@ -636,13 +648,36 @@ class NatsConnection:
                 return False
             if self._events:  # a handler raised, or waits itself
                 return self._dispatch()
-            if timeout != 0 and not self._poll(timeout, reading=True, writing=writing):
-                return False
+            if timeout != 0:
+                if not writing and self._spin():
+                    return True
+                if not self._poll(timeout, reading=True, writing=writing):
+                    return False
             return self._read()
         finally:
             self._reader.release()
             with self._lock:
                 self._next_turn()
+
+    def _spin(self) -> bool:
+        """Look again and again for a moment before sleeping; return whether something came.
+
+        A server next door confirms a publish within less time than it takes to sleep, to be woken
+        and to find the caches cold.  While that does not work, it is not tried but now and then.
+        """
+        self._waits += 1
+        if not self._spins_left and self._waits % SPIN_TRIAL:
+            return False
+        if _CORES == 1 or socket.socket.__module__ != "socket":
+            return False  # the server, or the other greenlets, would only wait for us
+        end = time.monotonic() + SPIN
+        while time.monotonic() < end:
+            if self._read():
+                self._spins_left = SPIN_TRUST
+                return True
+        if self._spins_left:
+            self._spins_left -= 1
+        return False
 
     def _next_turn(self) -> None:
         self._turns += 1

@@ -17,6 +17,7 @@ from kombu.utils.uuid import uuid
 
 from . import envelope
 from .backend import Delivery
+from .delays import ttl_of
 from .errors import (
     ConnectionLost,
     ConsumerGone,
@@ -249,11 +250,14 @@ class Consuming(Settling):
         session = self._session
         if self._is_closing:
             return False
+        self.dirty = False
+        if self._pulls.is_content():
+            return False
         with session.lock:
-            self.dirty = False
             commands = self._pulls.plan(time.monotonic())
             if not commands:
                 return False
+            session.has_asked = True
             pull = session.jetstream.pull
             with session.nats.corked():
                 for command in commands:
@@ -462,6 +466,14 @@ class Consuming(Settling):
             if limit is not None and delivery.attempt > limit and delivery.token:
                 self.bury(delivery.tag, "max_deliveries_exceeded")
                 return None
+            if (
+                delivery.token
+                and not self._session.server_expires
+                and self._is_over(delivery, decoded)
+            ):
+                logger.debug("a message of queue %r has expired", delivery.queue)
+                self.basic_ack(delivery.tag)
+                return None
             if taker == "tasks" and "task" in decoded["headers"]:
                 check_fields(decoded["headers"])
             message = Message(decoded, delivery, self, consumer_tag, taker == "tasks")
@@ -471,6 +483,17 @@ class Consuming(Settling):
         except MalformedMessage as exc:
             self.bury(delivery.tag, "malformed", exc)
             return None
+
+    def _is_over(self, delivery: Delivery, decoded: envelope.Envelope) -> bool:
+        """Tell whether a message waited for longer than it or its queue allows.
+
+        Servers with TTLs (2.11) have removed it by then.
+        """
+        if not delivery.published_at:
+            return False
+        record = self._session.registry.queues.get(delivery.queue)
+        ttl = ttl_of(decoded["properties"], record.wants.message_ttl if record else None)
+        return ttl is not None and time.time() > delivery.published_at + ttl
 
     def _after_settle(self) -> bool:
         """Ask for more, as there is room; a lost connection is for whoever reads it to notice."""

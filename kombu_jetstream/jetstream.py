@@ -98,6 +98,8 @@ class JetStream:
         self.levels = topology.levels(options)
         domain = options.jetstream_domain
         self._prefix = f"$JS.{domain}.API." if domain else "$JS.API."
+        #: what the subjects of all pulls begin with
+        self.pull_prefix = f"{self._prefix}CONSUMER.MSG.NEXT.".encode()
         self._provisioned = False
         self._known_consumers: set[str] = set()
         #: what the level streams can do, known after `provision`
@@ -484,11 +486,6 @@ class JetStream:
                 _unwrap(answer)
 
     # -- pulls and settling ------------------------------------------------------------------
-
-    @property
-    def pull_prefix(self) -> bytes:
-        """What the subjects of all pulls begin with."""
-        return f"{self._prefix}CONSUMER.MSG.NEXT.".encode()
 
     def wait_answered(self, ready: Callable[[], bool], subject: bytes, timeout: float) -> bool:
         """Wait until *ready*, at most *timeout* seconds, for what was published to *subject*.

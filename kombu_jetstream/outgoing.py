@@ -110,23 +110,33 @@ class Outgoing:
         properties["delivery_info"] = {"exchange": exchange, "routing_key": routing_key}
         payload = envelope.encode(message)
         queues = self._session.durable_routes(exchange, routing_key)
-        if not exchange and queues:
-            self._store(queues[0], message, payload, False, timeout)
-            return True
         nats = self._session.nats
+        if not exchange and queues:
+            if not self._pipelined:
+                self._store(queues[0], message, payload, False, timeout)
+                return True
+            nats.cork()
+            try:
+                self._store(queues[0], message, payload, False, timeout)
+            finally:
+                self._session.end_publish()
+            return True
         subject = self._transient_subject(exchange, routing_key)
         if not queues:
             if mandatory:
                 return self._heard(subject, payload)
             nats.publish(subject, payload)
             return True
-        nats.cork()  # both leave in one write: the confirm is waited for in here
+        nats.cork()  # all leave in one write: a confirm is waited for in here
         try:
             nats.publish(subject, payload)
             for queue in queues:
                 self._store(queue, message, payload, len(queues) > 1, timeout)
         finally:
-            nats.uncork()
+            if self._pipelined:
+                self._session.end_publish()
+            else:
+                nats.uncork()
         return True
 
     def _transient_subject(self, exchange: str, routing_key: str) -> bytes:
@@ -255,7 +265,10 @@ class Outgoing:
         now = time.time()
         properties, headers = message["properties"], message["headers"]
         due = self._schedulable(due_time(headers, properties, now), properties, now)
-        ttl = ttl_of(properties, record.wants.message_ttl, due - now if due is not None else 0.0)
+        queue_ttl = record.wants.message_ttl
+        if queue_ttl is None and record.auto_delete:
+            queue_ttl = record.wants.expires  # a reply nobody fetched goes with its queue
+        ttl = ttl_of(properties, queue_ttl, due - now if due is not None else 0.0)
         if ttl is not None and not session.jetstream.has_ttl:
             session.degraded("message TTL")
             ttl = None

@@ -257,6 +257,16 @@ class Pulls:
                 self.since_served[source.level] = 0
         return source
 
+    def is_content(self) -> bool:
+        """Tell, for little, that `plan` has nothing to say: a pull is under way, and it is cheaper
+        to ask for more at once when there is more room."""
+        return (
+            self.limit - self.held - self._asked < self._enough
+            and len(self._outstanding) > self._waiting
+            and self.held < self.limit
+            and not self._recall
+        )
+
     def plan(self, now: float) -> list[Pull | Cancel]:
         """Return what to tell the server now."""
         commands: list[Pull | Cancel] = []

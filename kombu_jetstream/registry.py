@@ -39,6 +39,10 @@ PAGE = 500
 #: How long a tombstone stays where the server removes it by itself.
 TOMBSTONE_TTL = "60s"
 
+#: Seconds beyond its expiry after which an unused queue is removed, at most as many as that takes:
+#: clocks differ.
+SWEEP_MARGIN = 60.0
+
 #: Abandoned queues looked for at once.
 MAX_SWEPT = 20
 
@@ -188,7 +192,8 @@ class Registry:
         old = [
             queue
             for queue in self.queues.values()
-            if queue.inactive_after and queue.at < now - 2 * queue.inactive_after
+            if queue.inactive_after
+            and queue.at + queue.inactive_after + min(queue.inactive_after, SWEEP_MARGIN) < now
         ]
         for queue in random.sample(old, min(MAX_SWEPT, len(old))):
             if self._jetstream.counts(queue.name, auto_delete=queue.auto_delete) is None:

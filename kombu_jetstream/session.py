@@ -13,9 +13,11 @@ import atexit
 import logging
 import os
 import random
+import re
 import threading
 import time
 import weakref
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +33,7 @@ from .errors import (
     QueueMissing,
 )
 from .jetstream import STREAM_NOT_FOUND, JetStream
-from .leases import ledger_of
+from .leases import SEND_DELAY, ledger_of
 from .publishing import Publisher
 from .registry import Registry
 from .transient import TransientQueue
@@ -45,7 +47,7 @@ if TYPE_CHECKING:
     from .deadletter import DeadLetter
     from .options import Options
 
-__all__ = ["Session", "connection_settings"]
+__all__ = ["Session", "connection_settings", "tell_nothing"]
 
 logger = logging.getLogger(__name__)
 
@@ -61,11 +63,20 @@ MAX_PER_TICK = 256
 #: Seconds between tries to reach a server that was there before.
 RECONNECT_INTERVAL = 0.2
 
-#: Seconds for which the registry's news need not be read again before routing.
-NEWS_INTERVAL = 0.001
+#: Seconds for which the registry's news need not be read again before routing: less than the round
+#: trip in which another process changes it.
+NEWS_INTERVAL = 0.0001
 
-#: Seconds within which a route that is not found is not looked for twice by a round trip.
+#: Exchanges of Celery's remote control and events, whose messages seldom have a durable queue, and
+#: seconds within which such a route is not looked for twice by a round trip.
+_OF_CONTROL = re.compile(r"(^|\.)pidbox$|^celeryev$")
 ROUTE_RECHECK = 1.0
+
+#: Bytes that may wait for the next write: each wakes the server, which costs more than to write.
+HELD_BYTES = 16 * 1024
+
+#: Seconds since the last read after which an idle connection is looked at before it is used.
+IDLE_LOOK = 1.0
 
 
 def connection_settings(
@@ -101,6 +112,9 @@ class Session:
     #: what is written waits for the end of the event loop's tick
     is_collecting = False
     _loop_thread = 0
+    _collected_at = 0.0
+    #: something was asked of the server, since this was last set to False
+    has_asked = False
 
     def __init__(
         self, client: kombu.Connection, options: Options, settings: ConnectionSettings
@@ -190,9 +204,16 @@ class Session:
         whoever consumes.  Were it no, kombu would connect anew within ``drain_events`` by itself,
         and wait for ever on a connection without consumers.
         """
-        return not self._closed and (
-            self.nats.is_open or any(channel.has_consumers() for channel in self.channels)
-        )
+        if self._closed:
+            return False
+        for channel in self.channels:
+            if channel.has_consumers():
+                return True
+        if self.nats.is_open and time.monotonic() - self.nats.read_at > IDLE_LOOK:
+            # A producer that was idle may have been told long ago.
+            with suppress(ConnectionLost):
+                self.nats.read_available()
+        return self.nats.is_open
 
     def drain_events(self, timeout: float | None = None) -> None:
         """Hand on one message, waiting at most *timeout* seconds (None: without end) for it.
@@ -292,7 +313,11 @@ class Session:
 
     def on_readable(self) -> None:
         """Read what is there and hand it all on."""
-        self.nats.read_available()
+        self._dispatching = True  # right away: the loop's next tick has nothing to do for it
+        try:
+            self.nats.read_available()
+        finally:
+            self._dispatching = False
         self._dispatch_all()
 
     def _dispatch_all(self) -> None:
@@ -340,7 +365,7 @@ class Session:
         """
         try:
             if hold:
-                self.nats.uncork(send=False)
+                self.nats.uncork(keep=HELD_BYTES)
                 self.ledger.send_soon(self.jetstream)
                 return
             self.nats.uncork()
@@ -349,14 +374,26 @@ class Session:
         except ConnectionLost as exc:
             logger.debug("lost the connection in a write: %s", exc)
 
+    def end_publish(self) -> None:
+        """Send what a pipelined publish wrote, with the next ones if others are under way."""
+        if len(self.publisher.unconfirmed) > 1:
+            self.nats.uncork(keep=HELD_BYTES)
+            self.ledger.send_soon(self.jetstream)
+        else:
+            self.nats.uncork()
+
     def _end_collecting(self) -> None:
         if not self.is_collecting:
             return
         self.is_collecting = False
+        now = time.monotonic()
+        is_busy, self._collected_at = now - self._collected_at < SEND_DELAY, now
+        self.has_asked = False
         try:
             self._after_read()
         finally:
-            self.end_write()
+            # While tasks end one after the other, some ticks' acknowledgements leave together.
+            self.end_write(hold=is_busy and not self.has_asked)
 
     def tick(self, now: float | None = None) -> None:
         """Do what no message triggers: renew silent pulls, retry, watch the server."""
@@ -423,8 +460,8 @@ class Session:
         """Return the durable queues a message goes to.
 
         What the registry said meanwhile is read first.  When nothing matches, one round trip
-        makes sure that no news is under way, at most once a second for named exchanges, whose
-        messages may all be for transient queues.
+        makes sure that no news is under way; at most once a second for the exchanges of remote
+        control and events.
         """
         self.registry.load()
         found = self._lookup(exchange, routing_key)
@@ -434,8 +471,10 @@ class Session:
         if now - self.nats.read_at > NEWS_INTERVAL:
             self.nats.read_available()
             found = self._lookup(exchange, routing_key)
-        if not found and (not exchange or now - self._route_checked > ROUTE_RECHECK):
-            self._route_checked = now
+        is_of_control = _OF_CONTROL.search(exchange) is not None
+        if not found and not (is_of_control and now - self._route_checked <= ROUTE_RECHECK):
+            if is_of_control:
+                self._route_checked = now
             self.nats.round_trip(self.answer_timeout)
             found = self._lookup(exchange, routing_key)
         return found
@@ -471,6 +510,11 @@ class Session:
             needs, instead = _WITHOUT[feature]
             version = ".".join(map(str, self.nats.info.version))
             logger.warning("no %s here (nats-server %s; %s): %s", feature, version, needs, instead)
+
+    @property
+    def server_expires(self) -> bool:
+        """Whether the server removes messages whose time is over."""
+        return self.jetstream.has_ttl
 
     def announce_degraded(self) -> None:
         """Say what this server cannot do for those who consume; for others, when they ask."""
@@ -568,12 +612,17 @@ _WITHOUT = {
         "they need 2.12, and no stream_max_bytes",
         "workers hold tasks with an eta or countdown until they are due",
     ),
-    "message TTL": ("it needs 2.11", "expired tasks are dropped by the worker that gets them"),
+    "message TTL": ("it needs 2.11", "what has expired is dropped by the worker that gets it"),
 }
 _told: set[str] = set()
 
 #: Sessions to close when the interpreter exits; none in a child that leaves by ``os._exit``.
 _open_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+
+
+def tell_nothing() -> None:
+    """Leave it to another process to say what the server cannot do: this one is its child."""
+    _told.update(_WITHOUT)
 
 
 def _close_at_exit(session: Session) -> None:

@@ -167,6 +167,13 @@ class Settling(Declaring):
             self._session.dead_letter_written(exc)
             self._keep(delivery)
             return
+        except Exception:  # whatever a foreign client wrote into it, it must not end the worker
+            logger.exception(
+                "message of queue %r cannot be published to its dead-letter exchange, "
+                "it becomes a dead letter",
+                delivery.queue,
+            )
+            forwarded = False
         if forwarded:
             self._gone(delivery)
             delivery.settler.settle(delivery, "ack")

@@ -352,3 +352,20 @@ def test_a_lost_connection_leaves_no_thread_or_socket(
     after = {t for t in threading.enumerate() if t.name.startswith("kombu-jetstream")}
     assert len(after) <= len(before) + 1
     assert nats_proxy.connections == 1
+
+
+def test_an_idle_connection_notices_that_the_server_was_restarted(
+    nats_server: NatsServer,
+) -> None:
+    with Connection(nats_server.broker_url) as connection:
+        declare(connection, Queue("work"))
+        nats_server.kill()
+        nats_server.start()
+        session = connection.connection
+        session.nats.read_at -= 10  # it was idle for a while
+
+        eventually(lambda: not connection.connected, within=5)
+
+        connection.ensure_connection(max_retries=3)
+        with connection.channel() as channel:
+            assert channel.queue_purge("work") == 0

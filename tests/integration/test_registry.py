@@ -155,3 +155,24 @@ def test_declaring_again_writes_nothing(
         declare(connection, WORK, WORK)
 
     assert last_sequence() == before
+
+
+@pytest.mark.parametrize("bound_before", [False, True], ids=["first binding", "another binding"])
+def test_a_binding_made_elsewhere_is_known_when_it_was_made(
+    connect: Connect, bound_before: bool
+) -> None:
+    """A message nobody took a moment ago does not hide it."""
+    one, other = connect(), connect()
+    exchange = Exchange("news", type="topic")
+    if bound_before:
+        declare(one, Queue("all", exchange, "unrelated"))
+    else:
+        with one.channel() as channel:
+            exchange.bind(channel).declare()
+    send(one, "nobody took it", exchange="news", key="a.0")
+
+    for number in range(1, 10):
+        declare(other, Queue(f"q{number}", exchange, f"a.{number}"))
+        send(one, number, exchange="news", key=f"a.{number}")
+
+        assert take_all(other, f"q{number}") == [number]

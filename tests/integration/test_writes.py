@@ -5,8 +5,10 @@ where it does not; those of other consumers with the next one, soon.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from kombu.asynchronous import Hub
@@ -84,37 +86,46 @@ def test_an_acknowledgement_leaves_before_the_code_after_it_runs(
     assert seen == [0, 1]
 
 
+@contextmanager
+def at_hand(connection: Connection, count: int, on_message: Any) -> Iterator[None]:
+    """Have *on_message* called with each of *count* messages, when all of them are here.
+
+    Nothing that is held back leaves because of its age.
+    """
+    publish(connection.default_channel, count)
+    channel: Any = connection.channel()
+
+    def are_here() -> bool:
+        channel.connection.nats.read_available()
+        return len(channel.ready) == count
+
+    with (
+        mock.patch.object(leases, "SEND_DELAY", 3600.0),
+        Consumer(channel, [QUEUE], on_message=on_message, prefetch_count=100),
+    ):
+        eventually(are_here)
+        for _ in range(count):
+            connection.drain_events(timeout=5)
+        yield
+
+
 def test_acknowledgements_of_what_is_at_hand_leave_together(
-    connection: Connection, other: Any, monkeypatch: pytest.MonkeyPatch
+    connection: Connection, other: Any
 ) -> None:
-    monkeypatch.setattr(leases, "SEND_DELAY", 3600.0)
-    publish(connection.default_channel, 3)
     left: list[int] = []
 
     def on_message(message: Any) -> None:
         message.ack()
         left.append(in_flight(other, "writes"))
 
-    channel = connection.channel()
-    with Consumer(channel, [QUEUE], on_message=on_message, prefetch_count=100):
-        eventually(lambda: _is_at_hand(channel, 3))
-        for _ in range(3):
-            connection.drain_events(timeout=5)
-
+    with at_hand(connection, 3, on_message):
         assert left[:2] == [3, 3]
         eventually(lambda: in_flight(other, "writes") == 0)
 
 
-def _is_at_hand(channel: Any, count: int) -> bool:
-    channel.connection.nats.read_available()
-    return len(channel.ready) == count
-
-
 def test_acknowledgements_of_tasks_do_not_wait_for_each_other(
-    connection: Connection, other: Any, monkeypatch: pytest.MonkeyPatch
+    connection: Connection, other: Any
 ) -> None:
-    monkeypatch.setattr(leases, "SEND_DELAY", 3600.0)
-    publish(connection.default_channel, 3)
     left: list[int] = []
 
     def on_message(message: Any) -> None:
@@ -124,13 +135,8 @@ def test_acknowledgements_of_tasks_do_not_wait_for_each_other(
         left.append(before - 1)
 
     on_message.__module__ = "celery.worker.consumer.consumer"  # as that of a worker's tasks
-    channel = connection.channel()
-    with Consumer(channel, [QUEUE], on_message=on_message, prefetch_count=100):
-        eventually(lambda: _is_at_hand(channel, 3))
-        for _ in range(3):
-            connection.drain_events(timeout=5)
-
-    assert left == [2, 1, 0]
+    with at_hand(connection, 3, on_message):
+        assert left == [2, 1, 0]
 
 
 def test_acknowledgements_of_a_tick_leave_together_when_tasks_run_elsewhere(
@@ -181,3 +187,33 @@ def test_a_worker_acknowledges_early_whatever_its_tasks_do(
         eventually(lambda: in_flight(other, "celery") == 0, 3)
 
         assert worker.ledger.ends().total() == 0
+
+
+def test_a_pipelined_message_that_is_alone_leaves_at_once(
+    nats_server: NatsServer, other: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "SEND_DELAY", 3600.0)
+    with Connection(
+        nats_server.broker_url, transport_options={"publish_confirms": "pipelined"}
+    ) as connection:
+        publish(connection.default_channel, 1)
+
+        eventually(lambda: ready(other, "writes") == 1)
+        connection.default_channel.flush()
+
+
+def test_pipelined_messages_leave_soon_whatever_the_program_does(
+    nats_server: NatsServer, other: Any
+) -> None:
+    with Connection(
+        nats_server.broker_url, transport_options={"publish_confirms": "pipelined"}
+    ) as connection:
+        publish(connection.default_channel, 5)
+
+        eventually(lambda: ready(other, "writes") == 5)
+        connection.default_channel.flush()
+
+
+def ready(channel: Any, queue_name: str) -> int:
+    counts = channel.connection.jetstream.counts(queue_name)
+    return int(counts.ready) if counts is not None else 0

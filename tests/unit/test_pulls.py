@@ -844,3 +844,21 @@ def test_ready_takes_out_what_belongs_to_a_queue():
     assert list(w.ready) == [c]
     assert len(w.ready) == 1
     assert w.pulls.buffered == [0, 0, 1]
+
+
+def test_a_channel_with_a_pull_under_way_and_little_room_is_content() -> None:
+    pulls = Pulls(guard=20, limit=8)
+    source = Source(1)
+    pulls.add(source)
+    assert len(pulls.plan(0.0)) == 1
+    assert not pulls.is_content(), "waiting pulls may have to be widened"
+    for _ in range(8):
+        pulls.received(source, 100, 0, 0.0)
+    pulls.settled(4)
+    (command,) = pulls.plan(0.0)
+
+    assert isinstance(command, Pull)
+    assert pulls.is_content()
+    assert pulls.plan(0.0) == []
+    pulls.set_limit(4)
+    assert not pulls.is_content(), "waiting pulls are to be withdrawn"
