@@ -23,7 +23,7 @@ import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -71,6 +71,7 @@ __all__ = [
     "connect",
     "gather",
     "open_client",
+    "options_of",
     "run",
     "settings_of",
 ]
@@ -135,6 +136,12 @@ def settings_of(connection: Any) -> tuple[Options, ConnectionSettings]:
     return transport.settings()
 
 
+def options_of(app: Any) -> Options:
+    """Return the options of an *app*; `OptionsError` if its broker is not ours."""
+    with app.connection_for_write() as connection:
+        return settings_of(connection)[0]
+
+
 @asynccontextmanager
 async def connect(app: Any, *, timeout: float = API_TIMEOUT) -> AsyncIterator[Broker]:
     """Connect to the broker of a Celery *app*; closed at the end of the block.
@@ -146,6 +153,7 @@ async def connect(app: Any, *, timeout: float = API_TIMEOUT) -> AsyncIterator[Br
     with app.connection_for_write() as connection:
         for left in reversed(range(max(1, len(connection.alt)))):
             options, settings = settings_of(connection)
+            settings = replace(settings, connect_timeout=min(settings.connect_timeout, timeout))
             try:
                 client, server = await open_client(settings)
             except ConnectionLost:

@@ -76,23 +76,43 @@ def status(
     timeout: float,
 ) -> None:
     """Show the queues: what is in them, and who consumes them."""
-    from kombu_jetstream.errors import ConnectionLost
+    from kombu_jetstream.errors import ConnectionLost, NoServers
 
-    from .broker import run
+    from .broker import options_of, run
+    from .fallback_health import look as look_at_redis
     from .overview import overview
 
+    app = ctx.obj.app
+    options = options_of(app)
+
     def look() -> None:
-        found = run(
-            ctx.obj.app,
-            lambda broker: overview(broker, queue_names, interval=interval),
-            timeout=timeout,
-        )
+        away: Exception | None = None
+        found = None
+        try:
+            found = run(
+                app,
+                lambda broker: overview(broker, queue_names, interval=interval),
+                timeout=timeout,
+            )
+        except (ConnectionLost, NoServers) as exc:
+            if options.fallback_url is None:
+                raise
+            away = exc
+        fallback = look_at_redis(app, options)
         if watch and sys.stdout.isatty() and not as_json:
             click.clear()
         if as_json:
-            print_json(ctx, found.as_json())
+            shown: dict[str, Any] = found.as_json() if found is not None else {"server": None}
+            if fallback is not None:
+                shown["fallback"] = fallback.as_json()
+            print_json(ctx, shown)
         else:
-            _print_overview(ctx, found)
+            if found is not None:
+                _print_overview(ctx, found)
+            if fallback is not None:
+                _print_fallback(ctx, fallback, is_in_use=away is not None)
+        if away is not None:
+            raise away
 
     if not watch:
         look()
@@ -107,6 +127,20 @@ def status(
             time.sleep(max(0.2, interval - (time.monotonic() - began)))
     except KeyboardInterrupt:
         return
+
+
+def _print_fallback(ctx: click.Context, fallback: Any, *, is_in_use: bool) -> None:
+    if fallback.problem is not None:
+        ctx.obj.echo(f"fallback: {fallback.problem}")
+        return
+    role = "has taken over" if is_in_use else "stands by"
+    waiting = [f"{number} of {name}" for name, number in fallback.waiting.items()]
+    parts = [f"messages wait there: {', '.join(waiting)}" if waiting else "nothing waits there"]
+    if fallback.held:
+        parts.append(f"workers hold {fallback.held}")
+    if fallback.letters:
+        parts.append(count_of(fallback.letters, "dead letter"))
+    ctx.obj.echo(f"fallback: Redis {role}, {', '.join(parts)}")
 
 
 def _print_overview(ctx: click.Context, found: Any) -> None:
@@ -210,9 +244,11 @@ def ping(ctx: click.Context, count: int, as_json: bool, timeout: float) -> None:
 @json_option
 def workers(ctx: click.Context, timeout: float, as_json: bool) -> None:
     """Show what became of the tasks of each worker."""
+    from .broker import run
     from .overview import worker_stats
     from .tables import Column
 
+    run(ctx.obj.app, _nothing)  # kombu would try for seconds to reach a server that is away
     found = worker_stats(ctx.obj.app, timeout=timeout)
     if as_json:
         print_json(ctx, found)
@@ -282,6 +318,10 @@ def _print_changes(ctx: click.Context, changes: list[Any], dry_run: bool) -> Non
         remark(ctx, f"{count_of(len(changes), 'difference')}, nothing was changed")
 
 
+async def _nothing(broker: Any) -> None:
+    """Connect, and no more."""
+
+
 @command(jetstream)
 @click.argument("role", type=click.Choice(["producer", "worker", "operator"]))
 @queues_option
@@ -297,14 +337,19 @@ def permissions(
     A block for a user in the server's configuration; with --json for tools that make users.  For
     the transport option provision="off".  No server is asked.
     """
-    from .broker import settings_of
+    from .broker import options_of
     from .permissions import as_nats_config, uses_rpc_results
     from .permissions import permissions as permissions_of
     from .provision import declared
 
     app = ctx.obj.app
-    with app.connection_for_write() as connection:
-        options, _ = settings_of(connection)
+    options = options_of(app)
+    if role == "producer" and uses_rpc_results(app):
+        remark(
+            ctx,
+            "results of rpc:// need a queue of each producer's own, which these permissions and "
+            "provision='off' do not allow: use another result backend",
+        )
     allowed = permissions_of(
         role,  # type: ignore[arg-type]  # click has checked it
         options,

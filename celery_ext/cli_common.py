@@ -46,6 +46,8 @@ def command(group: click.Group, name: str | None = None) -> Callable[[F], click.
     def decorate(function: F) -> click.Command:
         @functools.wraps(function)
         def guarded(ctx: click.Context, *args: Any, **kwargs: Any) -> None:
+            from kombu.exceptions import OperationalError
+
             from kombu_jetstream.errors import (
                 ConnectionLost,
                 ConnectionRejected,
@@ -55,12 +57,23 @@ def command(group: click.Group, name: str | None = None) -> Callable[[F], click.
 
             try:
                 function(ctx, *args, **kwargs)
+            except OptionsError as exc:
+                complain(ctx, f"Error: {exc}")
+                ctx.exit(EX_USAGE)
+            except (ConnectionLost, ConnectionRejected) as exc:
+                complain(ctx, f"Error: {exc}")
+                ctx.exit(EX_UNAVAILABLE)
             except JetStreamTransportError as exc:
                 complain(ctx, f"Error: {exc}")
-                if isinstance(exc, OptionsError):
-                    ctx.exit(EX_USAGE)
-                unavailable = isinstance(exc, (ConnectionLost, ConnectionRejected))
-                ctx.exit(EX_UNAVAILABLE if unavailable else EX_FAILURE)
+                ctx.exit(EX_FAILURE)
+            except OperationalError as exc:  # kombu's, for what went wrong while connecting
+                complain(ctx, f"Error: {exc}")
+                ctx.exit(EX_UNAVAILABLE)
+            except ModuleNotFoundError as exc:
+                if exc.name != "redis":
+                    raise
+                complain(ctx, "Error: this needs the package 'redis': pip install redis")
+                ctx.exit(EX_USAGE)
 
         handled = click.pass_context(handle_preload_options(guarded))
         return group.command(name, cls=CeleryCommand)(handled)

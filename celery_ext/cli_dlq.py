@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from celery.platforms import EX_FAILURE
 
+from kombu_jetstream.deadletter import REASONS
+
 from .cli_common import (
     TABLE_LIMIT,
     command,
@@ -33,12 +35,13 @@ if TYPE_CHECKING:
 
 __all__ = ["dlq"]
 
+#: Shown for a character that is no letter, digit or sign.
+UNPRINTABLE = "\N{REPLACEMENT CHARACTER}"
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _reason(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
-    from kombu_jetstream.deadletter import REASONS
-
     if value is not None and value not in REASONS:
         raise click.BadParameter(f"expected one of {', '.join(REASONS)}, got {value!r}")
     return value
@@ -62,7 +65,9 @@ def letter_filter_options(function: F) -> F:
             callback=moment,
             help="Died since, as 2h or 2026-11-22T14:30.",
         ),
-        click.option("--reason", callback=_reason, help="Died for this reason."),
+        click.option(
+            "--reason", callback=_reason, help=f"Died for this reason: {', '.join(REASONS)}."
+        ),
         click.option("--error", help="Exception class, with or without its module."),
         click.option("--task", metavar="GLOB", help="Name of the task, as 'billing.*'."),
         click.option("--queue", help="Queue it died in."),
@@ -183,17 +188,19 @@ def show_letter(ctx: click.Context, letter_id: str, as_json: bool, timeout: floa
         print_json(ctx, details)
         return
     traceback, original = details.pop("traceback"), details.pop("original")
+    lines = []
     for name, value in details.items():
         if name.endswith("_at"):
             value = show_moment(value)
         if value not in (None, ""):
-            ctx.obj.echo(f"{name.replace('_', ' ') + ':':14} {value}")
-    ctx.obj.echo("original:")
+            lines.append(f"{name.replace('_', ' ') + ':':14} {value}")
     text = original if isinstance(original, str) else json.dumps(original, indent=2)
-    ctx.obj.echo("\n".join(f"    {line}" for line in text.splitlines()))
+    lines += ["original:", *(f"    {line}" for line in text.splitlines())]
     if traceback:
-        ctx.obj.echo("traceback:")
-        ctx.obj.echo("\n".join(f"    {line}" for line in traceback.splitlines()))
+        lines += ["traceback:", *(f"    {line}" for line in traceback.splitlines())]
+    for line in lines:
+        # Anybody may have written it, with half a character or a terminal's commands in it.
+        ctx.obj.echo("".join(char if char.isprintable() else UNPRINTABLE for char in line))
 
 
 def _choose(ids: tuple[str, ...], everything: bool, which: LetterFilter) -> LetterFilter | None:
@@ -219,7 +226,7 @@ def _chosen(ctx: click.Context, ids: tuple[str, ...], which: LetterFilter | None
     return run(ctx.obj.app, read)
 
 
-def _chosencount_of(ctx: click.Context, ids: tuple[str, ...], which: LetterFilter | None) -> int:
+def _count_of_chosen(ctx: click.Context, ids: tuple[str, ...], which: LetterFilter | None) -> int:
     from .broker import run
     from .dlq import DeadLetters
 
@@ -237,6 +244,7 @@ _all = click.option("--all", "everything", is_flag=True, help="All dead letters.
 @_all
 @letter_filter_options
 @click.option("--to-queue", metavar="QUEUE", help="Put them here, not where they died.")
+@click.option("--limit", type=click.IntRange(min=1), help="At most this many, the oldest.")
 @click.option(
     "--rate",
     type=click.FloatRange(min=0, min_open=True),
@@ -258,6 +266,7 @@ def replay_letters(
     which: LetterFilter,
     to_queue: str | None,
     rate: float | None,
+    limit: int | None,
     in_doubt: bool,
     dry_run: bool,
     force: bool,
@@ -275,7 +284,7 @@ def replay_letters(
 
     chosen = _choose(ids, everything, which)
     if dry_run:
-        letters = _chosen(ctx, ids, chosen)
+        letters = _chosen(ctx, ids, chosen)[:limit]
         if as_json:
             print_json(ctx, [letter.as_json() for letter in letters])
         else:
@@ -283,7 +292,8 @@ def replay_letters(
         remark(ctx, f"would replay {count_of(len(letters), 'letter')}")
         return
     if chosen is not None and not force:
-        count = _chosencount_of(ctx, ids, chosen)
+        count = _count_of_chosen(ctx, ids, chosen)
+        count = count if limit is None else min(count, limit)
         where = f"to queue {to_queue!r}" if to_queue is not None else "to their queues"
         confirm(ctx, f"Replay {count_of(count, 'dead letter')} {where}", force)
     done = Report()
@@ -297,7 +307,7 @@ def replay_letters(
             ctx.obj.app,
             lambda broker: Replay(
                 broker, to_queue=to_queue, rate=rate, in_doubt=in_doubt, progress=progress
-            ).run(ids, chosen),
+            ).run(ids, chosen, limit=limit),
             timeout=timeout,
         )
     except BaseException:
@@ -350,7 +360,7 @@ def delete_letters(
 
     chosen = _choose(ids, everything, which)
     if dry_run or not force:
-        shown = count_of(_chosencount_of(ctx, ids, chosen), "dead letter")
+        shown = count_of(_count_of_chosen(ctx, ids, chosen), "dead letter")
         if dry_run:
             remark(ctx, f"would delete {shown}")
             return
@@ -364,6 +374,10 @@ def delete_letters(
 
     removed = run(ctx.obj.app, work, timeout=timeout)
     ctx.obj.echo(f"deleted {count_of(removed, 'letter')}")
+    missing = len(set(ids)) - removed
+    if missing > 0:
+        complain(ctx, f"{count_of(missing, 'letter')} of those named did not exist")
+        ctx.exit(EX_FAILURE)
 
 
 @command(dlq, "purge")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from celery.platforms import EX_FAILURE
@@ -25,6 +25,10 @@ from .cli_common import (
     remark,
     timeout_option,
 )
+
+if TYPE_CHECKING:
+    from .queues import QueueStatus
+    from .scheduled import ScheduledTask
 
 __all__ = ["print_queues", "queues", "scheduled"]
 
@@ -156,7 +160,7 @@ def purge_queues(
     """
     from .queues import purge
 
-    total = _ready_in(ctx, names, timeout)
+    total = sum(queue.ready for queue in _statuses_of(ctx, names, timeout))
     shown = f"{count_of(total, 'ready message')} of {', '.join(names)}"
     if dry_run:
         remark(ctx, f"would remove {shown}")
@@ -177,8 +181,15 @@ def delete_queues(
     """Delete a QUEUE with its bindings and all its messages."""
     from .queues import delete
 
-    total = _ready_in(ctx, names, timeout)
-    shown = f"{', '.join(names)} with {count_of(total, 'ready message')}"
+    found = _statuses_of(ctx, names, timeout)
+    kinds = {
+        "ready": sum(queue.ready for queue in found),
+        "in flight": sum(queue.in_flight for queue in found),
+        "delayed": sum(queue.delayed for queue in found),
+    }
+    total = count_of(sum(kinds.values()), "message")
+    parts = ", ".join(f"{number} {kind}" for kind, number in kinds.items() if number)
+    shown = f"{', '.join(names)} with {total}{f' ({parts})' if parts else ''}"
     if dry_run:
         remark(ctx, f"would delete {shown}")
         return
@@ -188,12 +199,11 @@ def delete_queues(
         ctx.obj.echo(f"deleted {name}")
 
 
-def _ready_in(ctx: click.Context, names: Iterable[str], timeout: float) -> int:
+def _statuses_of(ctx: click.Context, names: Iterable[str], timeout: float) -> list[QueueStatus]:
     from .broker import run
     from .queues import statuses
 
-    found = run(ctx.obj.app, lambda broker: statuses(broker, names), timeout=timeout)
-    return sum(queue.ready for queue in found)
+    return run(ctx.obj.app, lambda broker: statuses(broker, names), timeout=timeout)
 
 
 @click.group()
@@ -222,7 +232,9 @@ def list_scheduled(
     timeout: float,
 ) -> None:
     """List waiting tasks, those due first at the front."""
-    from .broker import run
+    from kombu_jetstream.topology import API_LEVEL_SCHEDULES
+
+    from .broker import Broker, run
     from .scheduled import Scheduled, ScheduledFilter
     from .tables import Column
     from .times import show_age, show_moment
@@ -230,11 +242,12 @@ def list_scheduled(
     before = time.time() + within if within is not None else None
     which = ScheduledFilter(queue=queue, task=task, before=before)
     rows = limit if limit is not None else None if as_json else TABLE_LIMIT
-    found = run(
-        ctx.obj.app,
-        lambda broker: Scheduled(broker).next_due(which, rows + 1 if rows is not None else None),
-        timeout=timeout,
-    )
+
+    async def work(broker: Broker) -> tuple[list[ScheduledTask], bool]:
+        next_due = await Scheduled(broker).next_due(which, rows + 1 if rows is not None else None)
+        return next_due, broker.info.api_level >= API_LEVEL_SCHEDULES
+
+    found, can_schedule = run(ctx.obj.app, work, timeout=timeout)
     shown = found[:rows] if rows is not None else found
     if as_json:
         print_json(ctx, [waiting.as_json() for waiting in shown])
@@ -262,6 +275,8 @@ def list_scheduled(
         for waiting in shown
     ]
     print_table(ctx, columns, cells, "nothing waits")
+    if not found and not can_schedule:
+        remark(ctx, "this server keeps no tasks, workers hold them: celery inspect scheduled")
     if len(found) > len(shown):
         remark(ctx, "there are more: --limit")
 

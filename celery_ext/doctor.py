@@ -17,9 +17,10 @@ from typing import Any, Literal
 from kombu_jetstream.errors import ApiError, JetStreamTransportError, NoServers, PermissionDenied
 from kombu_jetstream.topology import LEVELS, queue_token
 
-from .broker import Broker, connect, open_client, settings_of
+from .broker import Broker, connect, open_client, options_of, settings_of
 from .dlq import DeadLetters
 from .fallback_health import examine
+from .fallback_health import look as look_at_redis
 from .overview import stream_statuses
 from .provision import Declared, declared, plan
 from .queues import UNTIL_RESUMED, QueueStatus, registered_queues, statuses
@@ -104,12 +105,12 @@ async def diagnose(app: Any, *, timeout: float = 5.0) -> Diagnosis:
             findings.append(_server(broker))
             for check, look in CHECKS.items():
                 findings += await _look(check, look, broker, needed)
-            findings += await _fallback(broker)
     except JetStreamTransportError as exc:
         if isinstance(exc, ValueError):
             raise
         remedy = "start the server, or correct broker_url" if isinstance(exc, NoServers) else ""
         findings.append(Finding("server", "error", str(exc), remedy))
+    findings += await _fallback(app)
     return Diagnosis(findings)
 
 
@@ -277,6 +278,8 @@ async def _queues(broker: Broker, needed: Declared) -> list[Finding]:
 def _queue(queue: QueueStatus) -> list[Finding]:
     name = f"queue {queue.name!r}"
     found = []
+    if queue.temporary and (queue.missing or not queue.consumers):
+        return []
     if queue.missing:
         message = f"{name} has no consumer at level {', '.join(queue.missing)}"
         remedy = "restart a worker of it, or run `celery jetstream provision`"
@@ -333,14 +336,23 @@ async def _limits(broker: Broker, needed: Declared) -> list[Finding]:
     return found
 
 
-async def _fallback(broker: Broker) -> list[Finding]:
-    """Return what is to be said of the Redis that takes over, if there is one."""
-    if broker.options.fallback_url is None:
+async def _fallback(app: Any) -> list[Finding]:
+    """Return what is to be said of the Redis that takes over, if there is one.
+
+    Above all when JetStream is away.
+    """
+    options = options_of(app)
+    if options.fallback_url is None:
         return []
-    remarks = await asyncio.to_thread(examine, broker.options)
-    if not remarks:
-        return [Finding("fallback", "ok", "Redis can take over while JetStream is away")]
-    return [Finding("fallback", each.severity, each.message, each.remedy) for each in remarks]
+    remarks = await asyncio.to_thread(examine, options)
+    findings = [Finding("fallback", each.severity, each.message, each.remedy) for each in remarks]
+    if any(each.severity == "error" for each in remarks):
+        return findings
+    state = await asyncio.to_thread(look_at_redis, app, options)
+    if state is not None and (state.waiting or state.held):
+        there = f"in Redis {sum(state.waiting.values())} messages wait, workers hold {state.held}"
+        findings.append(Finding("fallback", "ok", there))
+    return findings or [Finding("fallback", "ok", "Redis can take over while JetStream is away")]
 
 
 async def _dead_letters(broker: Broker, needed: Declared) -> list[Finding]:

@@ -79,7 +79,7 @@ class Hooks:
     def _handlers(self) -> Iterator[tuple[Signal, Callable[..., Any]]]:
         yield signals.before_task_publish, self.on_publish
         yield signals.worker_init, self.on_worker_init
-        yield signals.worker_process_init, self.on_worker_process
+        yield signals.worker_process_init, self.on_pool_process
         yield signals.worker_ready, self.on_worker_process
         yield signals.worker_shutdown, self.on_worker_shutdown
         yield signals.task_revoked, self.on_revoked
@@ -179,6 +179,13 @@ class Hooks:
             raise SystemExit(f"error: {error}") from error
         if worker is not None and _spawns(sender):
             app.conf.include = (*(app.conf.include or ()), SPAWNED)
+
+    def on_pool_process(self, sender: Any, **kwargs: Any) -> None:
+        """Begin in a process of the pool; the main one says what the server lacks."""
+        from kombu_jetstream.session import tell_nothing
+
+        tell_nothing()
+        self.on_worker_process(sender, **kwargs)
 
     def on_worker_process(self, sender: Any, **kwargs: Any) -> None:
         """Take over what was registered since, in the main process or in one of the pool's."""

@@ -52,8 +52,19 @@ class Death:
         else:
             name = dotted_name(error_type(einfo))
         return cls(
-            reason=reason, error=name, message=str(error), traceback=str(einfo.traceback or "")
+            reason=reason,
+            error=name,
+            message=_text_of(error),
+            traceback=str(einfo.traceback or ""),
         )
+
+
+def _text_of(error: BaseException) -> str:
+    """Return an exception's text, which its class may fail to make."""
+    try:
+        return str(error)
+    except Exception as exc:
+        return f"(its text cannot be made: {type(exc).__name__})"
 
 
 def error_type(einfo: ExceptionInfo) -> type[BaseException]:

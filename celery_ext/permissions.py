@@ -46,8 +46,8 @@ def permissions(
     """Return the permissions of *role* for an application.
 
     *control*: a producer may use remote control, with which workers can be stopped.
-    *rpc_results*: the application's result backend is ``rpc://``, so that a producer waits for
-    results on a queue of its own.
+    *rpc_results*: the application's result backend is ``rpc://``, so that a worker sends results
+    to the queues of producers.  Those producers cannot be restricted: each makes a queue.
     """
     names = Names(options.namespace)
     publish: list[str] = []
@@ -69,7 +69,7 @@ def permissions(
                 publish += [names.exchange(exchange, ""), names.exchange(exchange, ">")]
         if control:
             subscribe += [names.exchange(exchange, ">") for exchange in app.control]
-        if control or rpc_results:
+        if control:
             subscribe.append(f"{names.namespace}.q.>")
         return _block(publish, subscribe)
     for queue in app.queues:
@@ -79,7 +79,9 @@ def permissions(
             stream = names.stream(level)
             publish.append(f"{prefix}.CONSUMER.MSG.NEXT.{stream}.{token}")
             publish += _acks(stream, token, options.jetstream_domain)
-    # Remote control, events, gossip, replies and results: plain NATS, no queue of anybody.
+    if rpc_results:
+        publish.append(f"{names.namespace}.medium.*")
+    # Remote control, events, gossip and replies: plain NATS, no queue of anybody.
     transient = [f"{names.namespace}.x.>", f"{names.namespace}.q.>"]
     return _block(publish + transient, subscribe + transient)
 

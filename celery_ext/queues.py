@@ -80,6 +80,8 @@ class QueueStatus:
     missing: list[str] = field(default_factory=list)
     #: Deliveries so far.
     delivered: int = 0
+    #: It goes when it is not used (auto-delete, x-expires): that nobody uses it is no fault.
+    temporary: bool = False
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -133,7 +135,7 @@ async def statuses(
 
 
 async def _status(broker: Broker, queue: Queue) -> QueueStatus:
-    status = QueueStatus(queue.name)
+    status = QueueStatus(queue.name, temporary=queue.inactive_after > 0)
     for level in _levels_of(broker, queue):
         stream = broker.names.stream(level)
         info = await broker.find(f"CONSUMER.INFO.{stream}.{queue_token(queue.name)}")

@@ -36,12 +36,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timezone
 from typing import Any
 
 from kombu.utils.uuid import uuid
@@ -65,6 +66,8 @@ from .dlq import DeadLetters, Letter, LetterFilter
 from .queues import registered_queues
 
 __all__ = ["Replay", "Report", "Superseded", "replayed"]
+
+logger = logging.getLogger(__name__)
 
 #: Letters in one batch; the server takes 1000 messages, and each letter is two.
 BATCH = 100
@@ -159,9 +162,14 @@ class Replay:
         self._claims: dict[str, tuple[int, float, dict[str, Any]]] = {}
 
     async def run(
-        self, letter_ids: Iterable[str] = (), which: LetterFilter | None = None
+        self,
+        letter_ids: Iterable[str] = (),
+        which: LetterFilter | None = None,
+        *,
+        limit: int | None = None,
     ) -> Report:
-        """Replay the letters named, or if *which* is given those that match now.
+        """Replay the letters named, or if *which* is given those that match now; the oldest first,
+        at most *limit*.
 
         Raises `LetterMissing` or `QueueMissing` before anything is done, `Superseded` when
         another replay began.  A letter that cannot be replayed is in the report, and stays.
@@ -174,6 +182,10 @@ class Replay:
         done = 0
         try:
             async for page in pages:
+                if limit is not None:
+                    page = page[: limit - done]
+                    if not page:
+                        break
                 for batch in self._batches(page):
                     if not self._begun:
                         await self._begin()
@@ -221,6 +233,9 @@ class Replay:
                 prepared = self._prepare(letter)
             except (MalformedMessage, QueueMissing, MessageTooLarge) as exc:
                 self.report.failed.append((letter.id, str(exc)))
+            except Exception as exc:  # anybody may have written it; the others are not to wait
+                logger.exception("dead letter %s cannot be replayed", letter.id)
+                self.report.failed.append((letter.id, f"{type(exc).__name__}: {exc}"))
             else:
                 ready.setdefault(prepared.level, []).append(prepared)
         for level, group in ready.items():
@@ -405,8 +420,10 @@ def replayed(payload: bytes, *, to_queue: str | None = None) -> envelope.Envelop
     envelope.decode(payload)
     # Taken apart without kombu's types, so that what is tagged stays as it was written.
     message: envelope.Envelope = json.loads(payload)
-    headers, properties = message.setdefault("headers", {}), message["properties"]
-    headers[REPLAYED_HEADER] = int(headers.get(REPLAYED_HEADER) or 0) + 1
+    headers = message["headers"] = message.get("headers") or {}
+    properties = message["properties"]
+    times = headers.get(REPLAYED_HEADER)
+    headers[REPLAYED_HEADER] = (times if isinstance(times, int) else 0) + 1
     if headers.get("retries"):
         headers["retries"] = 0
     properties["delivery_tag"] = uuid()
@@ -419,6 +436,8 @@ def _is_expired(message: envelope.Envelope) -> bool:
     expires = message["headers"].get("expires")
     try:
         moment = datetime.fromisoformat(str(expires).replace("Z", "+00:00"))
-    except ValueError:
+        if moment.tzinfo is None:  # as Celery's workers take it
+            moment = moment.replace(tzinfo=timezone.utc)
+        return moment.timestamp() < time.time()
+    except (ValueError, OverflowError):  # none, or one no clock can show
         return False
-    return moment.astimezone().timestamp() < time.time()

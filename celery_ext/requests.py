@@ -25,6 +25,7 @@ from celery.worker import state
 from celery.worker.request import Request
 
 from kombu_jetstream.deadletter import RETRY_INTERVAL
+from kombu_jetstream.errors import MessageTooLarge
 
 from .letters import Death, error_of
 from .outcomes import DeadLettered, Nack
@@ -85,6 +86,12 @@ class _HookedRequest(Request):
             )
         try:
             super().on_failure(exc_info, send_failed_event, return_ok)
+        except MessageTooLarge:
+            # The result backend is rpc://, and the text of the error more than the server takes.
+            # Celery would end the worker for it (solo), or leave the message unsettled.
+            self._worker.failed(f"storing how {self.humaninfo()} failed")
+            if not self.acknowledged:
+                self.acknowledge()
         finally:
             self._end()
 

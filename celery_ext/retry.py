@@ -146,7 +146,11 @@ def retry_after(error: BaseException) -> float | None:
 
     A number, a `timedelta` or a number as text (the header's form) will do.
     """
-    value = getattr(error, "retry_after", None)
+    try:
+        value = getattr(error, "retry_after", None)
+    except Exception:  # a property of the exception's
+        logger.exception("the retry_after of a %s cannot be read", type(error).__name__)
+        return None
     if isinstance(value, timedelta):
         value = value.total_seconds()
     if value is None or isinstance(value, bool):
@@ -196,7 +200,11 @@ def wrap(task: Task, policy: RetryPolicy) -> None:
         except (Ignore, Reject, CeleryRetry):
             raise
         except Exception as error:
-            delay = _delay(task, policy, error)
+            try:
+                delay = _delay(task, policy, error)
+            except Exception:  # the policy must not hide what went wrong
+                logger.exception("the retry policy of task %s failed", task.name)
+                delay = None
             if delay is None:
                 raise
             _retry(task, policy, error, delay)

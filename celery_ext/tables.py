@@ -63,13 +63,15 @@ def _show_rich(
     except ImportError:
         return False
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for column in columns:
+    # rich would shrink all columns in proportion, and leave out the last ones.
+    widths = _fitted(columns, [_widest(columns, rows, column) for column in columns], width)
+    for column, room in zip(columns, widths, strict=True):
         table.add_column(
             column.title,
             justify="right" if column.right else "left",
             no_wrap=True,
             overflow="ellipsis",
-            min_width=_widest(columns, rows, column) if column.keep else None,
+            width=room,
         )
     for row in rows:
         # As text: a task's name or an error may look like rich's markup.

@@ -145,7 +145,8 @@ class WorkerHooks:
             return self._death_of(request, einfo)
         except Exception:
             self.failed("looking at the failure of a task")
-            return None
+            # It failed, whatever it is that cannot be looked at: better a letter that says less.
+            return Death(reason="task_failed") if self.settings.dead_letter else None
 
     def _death_of(self, request: Request, einfo: ExceptionInfo) -> Death | None:
         task, error = request.task, error_of(einfo)

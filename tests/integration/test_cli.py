@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,6 +24,7 @@ from kombu_jetstream.server import NatsServer
 from tests.letters import application, bury, letters, queued
 from tests.servers import (
     ROOT,
+    RedisServer,
     eventually,
     free_port,
     nats_server_binary,
@@ -103,7 +105,7 @@ ARGUMENTS: dict[tuple[str, ...], list[str]] = {
     ("scheduled", "cancel"): ["x", "--force"],
 }
 #: These do not ask the broker, run for ever, or wait for workers.
-OTHERS = {("permissions",), ("server",), ("exporter",), ("workers",)}
+OTHERS = {("permissions",), ("server",), ("exporter",)}
 ASKING = [path for path in COMMANDS if path not in OTHERS and path[0] != "migrate"]
 
 
@@ -305,6 +307,8 @@ def start_cli(app: celery.Celery, namespace: str, *args: str) -> subprocess.Pope
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A suite in the background of a shell ignores SIGINT, and so would what it starts.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
 
 
@@ -581,6 +585,83 @@ def test_dlq_delete_and_purge_ask(cli: Cli, app: celery.Celery) -> None:
     assert cli("dlq", "delete", "9", "--force").stdout == "deleted 1 letter\n"
     assert cli("dlq", "delete", "--queue", "a b.c", "-f").stdout == "deleted 3 letters\n"
     assert cli("dlq", "purge", input="y\n").stdout == "deleted 5 letters\n"
+
+
+def test_dlq_delete_tells_what_was_not_there(cli: Cli, app: celery.Celery) -> None:
+    bury(app, 1)
+
+    result = cli("dlq", "delete", "1", "99", "--force")
+
+    assert result.exit_code == EX_FAILURE
+    assert result.stdout == "deleted 1 letter\n"
+    assert "1 letter of those named did not exist" in result.stderr
+
+
+def test_dlq_replay_of_a_few(cli: Cli, app: celery.Celery) -> None:
+    bury(app, 5)
+
+    shown = data(cli("dlq", "replay", "--all", "--limit", "2", "--dry-run", "--json"))
+    assert [letter["task_id"] for letter in shown] == ["task-0", "task-1"]
+    asked = cli("dlq", "replay", "--all", "--limit", "2", input="n\n")
+    assert "Replay 2 dead letters to their queues?" in asked.stderr
+    assert cli("dlq", "replay", "--all", "--limit", "2", "--force").stdout == "replayed 2 letters\n"
+    assert len(letters(app)) == 3
+
+
+def test_dlq_show_prints_no_commands_of_a_terminal(cli: Cli, app: celery.Celery) -> None:
+    bury(app, 1, message="\x1b[2J\x1b]0;title\x07 \ud800", traceback="\x1b[31mred\nsecond line")
+
+    shown = cli("dlq", "show", "1").stdout
+
+    assert not {"\x1b", "\x07", "\ud800"} & set(shown)
+    assert "    second line\n" in shown
+
+
+def test_queues_delete_tells_all_that_goes(cli: Cli, app: celery.Celery) -> None:
+    app.send_task("shop.pay")
+    for _ in range(2):
+        app.send_task("shop.pay", countdown=3600)
+
+    asked = cli("queues", "delete", "celery", input="n\n")
+
+    assert "Delete celery with 3 messages (1 ready, 2 delayed)?" in asked.stderr
+
+
+def test_without_jetstream_the_fallback_is_shown(
+    nats_server: NatsServer, redis_server: RedisServer
+) -> None:
+    options: dict[str, Any] = {"fallback_url": redis_server.url, "fallback_after": 0.1}
+    with application(nats_server.broker_url, "shown", **options) as app:
+        nats_server.kill()
+        for _ in range(3):
+            app.send_task("shop.pay")
+        invoke = runner_of(app)
+
+        status = invoke("status", "--interval", "0")
+        as_json = invoke("status", "--json", "--interval", "0")
+        doctor = invoke("doctor", "--json")
+        migrate = invoke("migrate", "status")
+
+    assert (status.exit_code, as_json.exit_code) == (EX_UNAVAILABLE, EX_UNAVAILABLE)
+    assert "fallback: Redis has taken over, messages wait there: 3 of celery" in status.stdout
+    assert "no NATS server could be reached" in status.stderr
+    found = json.loads(as_json.stdout)
+    assert found["server"] is None
+    assert found["fallback"]["waiting"] == {"celery": 3}
+    findings = json.loads(doctor.stdout)["findings"]
+    assert "in Redis 3 messages wait, workers hold 0" in [f["message"] for f in findings]
+    assert migrate.exit_code == EX_UNAVAILABLE
+    assert re.search(r"celery +3 +\? +\?", migrate.stdout)
+
+
+def test_a_server_that_does_not_answer_is_given_the_time_asked_for(proxy_to: Any) -> None:
+    frozen = proxy_to(free_port())
+    frozen.freeze()
+    invoke = runner_of(celery.Celery(broker=frozen.broker_url, set_as_current=False))
+    began = time.monotonic()
+
+    assert invoke("health", "--timeout", "0.5").exit_code != EX_OK
+    assert time.monotonic() - began < 3
 
 
 def test_dlq_stats_groups(cli: Cli, app: celery.Celery) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import celery
 import pytest
+from kombu import Queue
 
 from celery_ext import doctor
 from celery_ext.broker import Broker, run
@@ -271,3 +272,11 @@ def test_in_a_cluster_single_copies_and_lost_servers_are_found(
             return [message for message in found if "behind or away: n3" in message]
 
         eventually(lambda: len(lost()) == 5, 30.0)
+
+
+def test_a_reply_queue_nobody_reads_is_no_finding(app: celery.Celery) -> None:
+    with app.connection_for_write() as connection, connection.channel() as channel:
+        Queue("replies", auto_delete=True, durable=True, expires=3600).bind(channel).declare()
+        connection.Producer(channel).publish("x", routing_key="replies")
+
+    assert not [each for each in examine(app).findings if "replies" in each.message]

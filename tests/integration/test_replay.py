@@ -501,3 +501,67 @@ def test_ten_thousand_letters_with_a_command_killed_again_and_again_each_once(
 
     assert kills >= 3
     assert queued(app) == dict.fromkeys(task_ids, 1)
+
+
+#: What a foreign client may have written, and no command may stumble over.
+ODD = {
+    "no headers": {"headers": None},
+    "a count that is text": {
+        "headers": {"task": "shop.pay", "id": "odd", "jetstream_replayed": "x"}
+    },
+    "a count that is a list": {
+        "headers": {"task": "shop.pay", "id": "odd", "jetstream_replayed": [1]}
+    },
+    "year 1": {
+        "headers": {"task": "shop.pay", "id": "odd", "expires": "0001-01-01T00:00:00+14:00"}
+    },
+    "year 1 without an offset": {
+        "headers": {"task": "shop.pay", "id": "odd", "expires": "0001-01-01T00:00:00"}
+    },
+}
+
+
+@pytest.mark.parametrize("fields", ODD.values(), ids=ODD)
+def test_an_odd_letter_keeps_no_other_from_its_queue(
+    app: celery.Celery, fields: dict[str, Any]
+) -> None:
+    bury(app, 1)
+    odd = {**message_of("shop.pay", "odd", "celery"), **fields}
+    bury(app, 1, first=1, payload=json.dumps(odd).encode())
+    bury(app, 1, first=2)
+
+    report = replay_all(app)
+
+    assert report.replayed == 3
+    assert report.failed == []
+    assert letters(app) == []
+
+
+def test_a_letter_that_cannot_be_made_ready_is_reported_and_the_others_go(
+    app: celery.Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bury(app, 3)
+    prepare = Replay._prepare
+
+    def fails_for_the_second(self: Replay, letter: Any) -> Any:
+        if letter.record.task_id == "task-1":
+            raise ZeroDivisionError("what nobody thought of")
+        return prepare(self, letter)
+
+    monkeypatch.setattr(Replay, "_prepare", fails_for_the_second)
+
+    report = replay_all(app)
+
+    assert report.replayed == 2
+    assert [reason for _, reason in report.failed] == ["ZeroDivisionError: what nobody thought of"]
+    assert [letter.record.task_id for letter in letters(app)] == ["task-1"]
+
+
+def test_the_oldest_go_first_where_there_is_a_limit(app: celery.Celery) -> None:
+    bury(app, 5)
+
+    report = run(app, lambda broker: Replay(broker).run(which=LetterFilter(), limit=2))
+
+    assert report.replayed == 2
+    assert queued(app) == {"task-0": 1, "task-1": 1}
+    assert [letter.record.task_id for letter in letters(app)] == ["task-4", "task-3", "task-2"]

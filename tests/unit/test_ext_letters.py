@@ -195,3 +195,18 @@ def test_time_limits_are_named_as_celery_imports_them() -> None:
         Death.of(from_a_pool_process(TimeLimitExceeded(3.0)), "task_failed").error
         == "billiard.exceptions.TimeLimitExceeded"
     )
+
+
+def test_an_exception_whose_text_cannot_be_made_has_a_letter() -> None:
+    class Odd(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError("no text")
+
+    try:
+        raise Odd
+    except Odd:
+        death = Death.of(ExceptionInfo(), "task_failed")
+
+    assert death.message == "(its text cannot be made: RuntimeError)"
+    assert death.error is not None
+    assert death.error.endswith("Odd")

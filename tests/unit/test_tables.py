@@ -102,3 +102,23 @@ def test_in_a_pipe_nothing_is_left_out_or_cut(capsys: pytest.CaptureFixture[str]
 )
 def test_sizes_have_a_fitting_unit(size_bytes: int, shown: str) -> None:
     assert size(size_bytes) == shown
+
+
+def test_no_number_is_cut_for_a_long_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("rich")
+    numbers = ["ready", "in flight", "delayed", "redelivered", "consumers", "oldest", "rate"]
+    columns = [Column("queue"), *(Column(name, right=True, keep=True) for name in numbers)]
+    rows: list[list[object]] = [["q" * 63, 1, 22, 333, 4444, 5, "6 s", "7.0"]]
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+
+    show(Context(), columns, rows)
+
+    printed = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)  # the head is bold
+    head, row = printed.splitlines()
+    assert head.split() == " ".join(["queue", *numbers]).split()
+    assert row.split()[1:] == ["1", "22", "333", "4444", "5", "6", "s", "7.0"]
+    assert row.startswith("qqqqqqq")
+    assert len(row) <= 80
