@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from amqp.exceptions import ChannelError
 from kombu.connection import Connection
 from kombu.entity import Exchange, Queue
 from kombu.messaging import Consumer, Producer
@@ -234,7 +235,10 @@ def _consume_in_chunks(
 
 
 def _count(connection: Connection, queue: Queue) -> int:
-    answer = queue(connection.default_channel).queue_declare(passive=True)
+    try:
+        answer = queue(connection.default_channel).queue_declare(passive=True)
+    except ChannelError:  # Redis: an empty queue does not exist
+        return 0
     return int(answer.message_count)
 
 

@@ -17,6 +17,10 @@ from kombu.messaging import Producer
 
 __all__ = ["fill", "stored_message"]
 
+#: Messages after which a broker that confirms nothing is given the time to take them: it may block
+#: a publisher for longer than py-amqp waits.
+BREATH = 5000
+
 #: Messages of one Redis command.
 BATCH = 1000
 
@@ -37,8 +41,10 @@ def _fill_by_kombu(connection: Connection, queue: Queue, content: Any, count: in
     # A connection of its own, without confirms.
     with connection.clone(transport_options={}) as other:
         producer = _producer(other, queue)
-        for _ in range(count):
+        for number in range(count):
             producer.publish(content)
+            if number % BREATH == BREATH - 1:
+                queue(other.default_channel).queue_declare(passive=True)
         queue(other.default_channel).queue_declare(passive=True)
 
 
