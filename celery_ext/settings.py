@@ -197,7 +197,7 @@ def _misspelled(conf: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
     """
     namespace = (getattr(conf, "prefix", None) or "").lower()
     for key in conf:
-        if not isinstance(key, str) or "jetstream" not in key.lower():
+        if not isinstance(key, str) or "jet" not in key.lower():
             continue
         name = key.lower().removeprefix(namespace).removeprefix("celery_")
         if name not in KEYS and difflib.get_close_matches(name, KEYS, n=1, cutoff=0.85):
@@ -230,6 +230,10 @@ def _policy(values: Mapping[Any, Any], general: Mapping[Any, Any], where: str) -
             raise OptionsError.unknown("key", name, known, f" in {where}")
         rule: Rule = each.metadata["rule"]
         checked[name] = rule.checked(value, each.name, f" of {where}")
+    if "backoff_max" in checked and "backoff_base" not in checked:
+        # Who asks for short delays need not know the default of the first one.
+        default = _POLICY_FIELDS["backoff_base"].default
+        checked["backoff_base"] = min(default, checked["backoff_max"])
     policy = RetryPolicy(**checked)
     _check_together(policy, where)
     return policy

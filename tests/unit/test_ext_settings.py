@@ -298,3 +298,15 @@ def test_the_reference_has_every_key_and_field_with_its_default() -> None:
     assert rows.keys() == {*KEYS, *policy, "tasks"}
     for name, default in policy.items():
         assert rows[name] == ("`[]`" if default == () else f"`{default!r}`"), name
+
+
+def test_a_short_longest_delay_shortens_the_first_one() -> None:
+    policy = Settings.read({"jetstream_retry": {"backoff_max": 0.5}}).retry
+
+    assert policy is not None
+    assert policy.backoff_base == policy.backoff_max == 0.5
+
+
+def test_a_misspelled_name_of_the_server_is_found() -> None:
+    with pytest.raises(OptionsError, match="did you mean 'jetstream_retry'"):
+        Settings.read({"jetsream_retry": {}})
