@@ -21,6 +21,7 @@ cannot be read does not start.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -72,6 +73,8 @@ class Hooks:
         self._workers: WeakKeyDictionary[Celery, WorkerHooks] = WeakKeyDictionary()
         self._off = False
         self._traces = tracing.is_available()
+        #: the worker's main process, which loads this before it forks
+        self._pid = os.getpid()
         self._in_spawned_process = False
 
     # Connecting
@@ -182,9 +185,10 @@ class Hooks:
 
     def on_pool_process(self, sender: Any, **kwargs: Any) -> None:
         """Begin in a process of the pool; the main one says what the server lacks."""
-        from kombu_jetstream.session import tell_nothing
+        if os.getpid() != self._pid:  # solo and threads have none, and send the signal all the same
+            from kombu_jetstream.session import tell_nothing
 
-        tell_nothing()
+            tell_nothing()
         self.on_worker_process(sender, **kwargs)
 
     def on_worker_process(self, sender: Any, **kwargs: Any) -> None:

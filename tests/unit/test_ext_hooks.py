@@ -28,7 +28,9 @@ BROKER = "jetstream://127.0.0.1:1"
 
 @pytest.fixture
 def hooks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hooks]:
-    """Hooks of this test alone, connected."""
+    """Hooks of this test alone, connected; those of the process are put back."""
+    before = celery_ext._hooks_of_process()
+    was_off = before._off
     celery_ext.uninstall()
     gc.collect()  # apps of other tests
     own = Hooks()
@@ -36,6 +38,8 @@ def hooks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hooks]:
     own.connect()
     yield own
     own.uninstall_all()
+    before._off = was_off
+    before.connect()
 
 
 def make_app(broker: str = BROKER, **conf: Any) -> Celery:
