@@ -20,8 +20,12 @@ help:
 demo: .venv/.installed-demo
 	@.venv/bin/python docs/examples/demo.py
 
+# What fails beside another file's tests runs once more, alone: two cores are few for both.
 test: install-test
-	.venv/bin/python -m pytest $(ARGS)
+	@.venv/bin/python -m pytest $(ARGS) || { \
+	    [ $$? -eq 1 ] && echo "What failed runs once more, with nothing beside it:" && \
+	    .venv/bin/python -m pytest --last-failed -n 0 $(ARGS); \
+	}
 
 lint: install-test
 	.venv/bin/python -m ruff check .

@@ -73,7 +73,7 @@ def test_fifty_urgent_tasks_overtake_thousands(
     with quick_client(site) as client:
         low = fill(client, 5000, priority=1)
         start_all([site.worker(name, concurrency=2) for name in ("one", "two")])
-        eventually(lambda: len(site.ledger.ends()) > 500, within=30)
+        eventually(lambda: len(site.ledger.ends()) > 500, within=60, every=0.2)
 
         sent_at = time.monotonic()
         high = fill(client, 50, priority=9)

@@ -193,6 +193,12 @@ def _promises() -> Iterator[Promise]:
         ours = (work, "jetstream", "tasks")
         yield Promise(f"worker, {pool}: RabbitMQ", ours, (work, "rabbitmq", "tasks"), 1.05)
         yield Promise(f"worker, {pool}: Redis", ours, (work, "redis", "tasks"), 2.3)
+    yield Promise(
+        "worker, hooks of celery_ext",
+        ("hooks", "jetstream", "tasks"),
+        ("hooks", "no-hooks", "tasks"),
+        0.97,
+    )
     for metric in ("started p50", "started p99", "answered p50", "answered p99"):
         for other, label in (("rabbitmq", "RabbitMQ"), ("redis", "Redis")):
             yield Promise(

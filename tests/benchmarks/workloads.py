@@ -512,6 +512,13 @@ WORKLOADS = {
             for pool, concurrency in (("prefork", 2), ("threads", 2), ("solo", 1), ("gevent", 100))
         ),
         Workload(
+            "hooks",
+            "What the hooks of celery_ext cost a worker, prefork -c 2",
+            ("jetstream", "no-hooks"),
+            (Metric("tasks", "tasks"),),
+            run_tasks("prefork", 2),
+        ),
+        Workload(
             "latency",
             "Round trip of one task at 100 tasks/s",
             _BROKERS,
