@@ -76,7 +76,7 @@ def status(
     timeout: float,
 ) -> None:
     """Show the queues: what is in them, and who consumes them."""
-    from kombu_jetstream.errors import ConnectionLost, NoServers
+    from kombu_jetstream.errors import ConnectionLost
 
     from .broker import options_of, run
     from .fallback_health import look as look_at_redis
@@ -94,7 +94,7 @@ def status(
                 lambda broker: overview(broker, queue_names, interval=interval),
                 timeout=timeout,
             )
-        except (ConnectionLost, NoServers) as exc:
+        except ConnectionLost as exc:
             if options.fallback_url is None:
                 raise
             away = exc

@@ -63,7 +63,7 @@ from .dropped import is_dropped, note_scheduled
 from .endpoint import poll_socket
 from .errors import FallbackLost, JetStreamTransportError, OptionsError
 from .options import Options
-from .routing import topic_matches
+from .routing import is_of_control, topic_matches
 from .topology import LEVELS, level_of
 
 __all__ = ["Description", "ListReader", "RedisLists", "list_name", "steps"]
@@ -102,9 +102,6 @@ BEATS_OF_SUSPICION = 1.5
 
 #: How long Redis remembers that a message came back.
 ATTEMPTS_LIFETIME = 7 * 24 * 60 * 60
-
-#: Exchanges of Celery's remote control and events, whose queues are a worker's own.
-_OF_CONTROL = re.compile(r"(^|\.)pidbox$|^celeryev$")
 
 _CERT_REQS = re.compile(r"(ssl_cert_reqs=)CERT_(NONE|OPTIONAL|REQUIRED)\b")
 
@@ -409,7 +406,7 @@ class RedisLists:
         def read(client: Any) -> set[str]:
             found = set()
             for table in client.scan_iter(match=f"{prefix}*", count=1000):
-                if _OF_CONTROL.search(table.decode("utf-8", "replace")[len(prefix) :]):
+                if is_of_control(table.decode("utf-8", "replace")[len(prefix) :]):
                     continue
                 for member in client.smembers(table):
                     found.add(member.decode("utf-8", "replace").rpartition(SEPARATOR)[2])
@@ -449,7 +446,7 @@ class RedisLists:
 
         None for remote control and events: plain workers hear those by PUBSUB, and read no list.
         """
-        if _OF_CONTROL.search(exchange):
+        if is_of_control(exchange):
             return ()
         found = {
             queue: None

@@ -21,15 +21,35 @@ AMQP 0-9-1 section 3.1.3 defines the patterns.  Everything here is pure.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from .topology import encode_token
 
-__all__ = ["Binding", "Exchange", "Table", "key_subject", "matcher", "subjects_of", "topic_matches"]
+__all__ = [
+    "Binding",
+    "Exchange",
+    "Table",
+    "is_of_control",
+    "key_subject",
+    "matcher",
+    "subjects_of",
+    "topic_matches",
+]
+
+_OF_CONTROL = re.compile(r"(^|\.)pidbox$|^celeryev$")
 
 EXCHANGE_TYPES = frozenset({"direct", "topic", "fanout"})
+
+
+def is_of_control(exchange: str) -> bool:
+    """Tell whether an exchange is one of Celery's remote control and events.
+
+    The queues bound to it are a worker's or a client's own.
+    """
+    return _OF_CONTROL.search(exchange) is not None
 
 
 def _words(key: str) -> list[str]:

@@ -13,7 +13,6 @@ import atexit
 import logging
 import os
 import random
-import re
 import threading
 import time
 import weakref
@@ -36,6 +35,7 @@ from .jetstream import STREAM_NOT_FOUND, JetStream
 from .leases import SEND_DELAY, ledger_of
 from .publishing import Publisher
 from .registry import Registry
+from .routing import is_of_control
 from .transient import TransientQueue
 
 if TYPE_CHECKING:
@@ -67,9 +67,8 @@ RECONNECT_INTERVAL = 0.2
 #: trip in which another process changes it.
 NEWS_INTERVAL = 0.0001
 
-#: Exchanges of Celery's remote control and events, whose messages seldom have a durable queue, and
-#: seconds within which such a route is not looked for twice by a round trip.
-_OF_CONTROL = re.compile(r"(^|\.)pidbox$|^celeryev$")
+#: Seconds within which a route of remote control and events, whose messages seldom have a durable
+#: queue, is not looked for twice by a round trip.
 ROUTE_RECHECK = 1.0
 
 #: Bytes that may wait for the next write: each wakes the server, which costs more than to write.
@@ -365,8 +364,7 @@ class Session:
         """
         try:
             if hold:
-                self.nats.uncork(keep=HELD_BYTES)
-                self.ledger.send_soon(self.jetstream)
+                self._hold_back()
                 return
             self.nats.uncork()
             if self.is_collecting:  # others wait, this may not
@@ -377,10 +375,14 @@ class Session:
     def end_publish(self) -> None:
         """Send what a pipelined publish wrote, with the next ones if others are under way."""
         if len(self.publisher.unconfirmed) > 1:
-            self.nats.uncork(keep=HELD_BYTES)
-            self.ledger.send_soon(self.jetstream)
+            self._hold_back()
         else:
             self.nats.uncork()
+
+    def _hold_back(self) -> None:
+        """End a `cork`; what was collected waits for the next write, or for the ledger."""
+        self.nats.uncork(keep=HELD_BYTES)
+        self.ledger.send_soon(self.jetstream)
 
     def _end_collecting(self) -> None:
         if not self.is_collecting:
@@ -471,13 +473,14 @@ class Session:
         if now - self.nats.read_at > NEWS_INTERVAL:
             self.nats.read_available()
             found = self._lookup(exchange, routing_key)
-        is_of_control = _OF_CONTROL.search(exchange) is not None
-        if not found and not (is_of_control and now - self._route_checked <= ROUTE_RECHECK):
-            if is_of_control:
-                self._route_checked = now
-            self.nats.round_trip(self.answer_timeout)
-            found = self._lookup(exchange, routing_key)
-        return found
+        if found:
+            return found
+        if is_of_control(exchange):
+            if now - self._route_checked <= ROUTE_RECHECK:
+                return found
+            self._route_checked = now
+        self.nats.round_trip(self.answer_timeout)
+        return self._lookup(exchange, routing_key)
 
     def _lookup(self, exchange: str, routing_key: str) -> tuple[str, ...]:
         if exchange:

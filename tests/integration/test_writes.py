@@ -189,29 +189,31 @@ def test_a_worker_acknowledges_early_whatever_its_tasks_do(
         assert worker.ledger.ends().total() == 0
 
 
+@pytest.fixture
+def pipelined(nats_server: NatsServer) -> Iterator[Any]:
+    """A channel whose publishes do not wait for their confirms."""
+    options = {"publish_confirms": "pipelined"}
+    with Connection(nats_server.broker_url, transport_options=options) as connection:
+        yield connection.default_channel
+        connection.default_channel.flush()
+
+
 def test_a_pipelined_message_that_is_alone_leaves_at_once(
-    nats_server: NatsServer, other: Any, monkeypatch: pytest.MonkeyPatch
+    pipelined: Any, other: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(leases, "SEND_DELAY", 3600.0)
-    with Connection(
-        nats_server.broker_url, transport_options={"publish_confirms": "pipelined"}
-    ) as connection:
-        publish(connection.default_channel, 1)
 
-        eventually(lambda: ready(other, "writes") == 1)
-        connection.default_channel.flush()
+    publish(pipelined, 1)
+
+    eventually(lambda: ready(other, "writes") == 1)
 
 
 def test_pipelined_messages_leave_soon_whatever_the_program_does(
-    nats_server: NatsServer, other: Any
+    pipelined: Any, other: Any
 ) -> None:
-    with Connection(
-        nats_server.broker_url, transport_options={"publish_confirms": "pipelined"}
-    ) as connection:
-        publish(connection.default_channel, 5)
+    publish(pipelined, 5)
 
-        eventually(lambda: ready(other, "writes") == 5)
-        connection.default_channel.flush()
+    eventually(lambda: ready(other, "writes") == 5)
 
 
 def ready(channel: Any, queue_name: str) -> int:
