@@ -128,7 +128,18 @@ class Consuming(Settling):
                     self._pulls.add(source)
                     self._touched[source] = time.monotonic()
         session.ledger.hold(self.qos)
+        session.ledger.note_consuming(self)
         self.refill()
+
+    def is_waiting_for(self, queue: str, now: float) -> bool:
+        """Tell whether a pull of ours waits on the server for *queue*, so that it is there, and
+        empty; callable from any thread."""
+        session = self._session
+        if self.closed or not session.nats.is_open:
+            return False
+        key = session.jetstream.consumer_key(queue, "medium")
+        source = self._sources.get(key)
+        return source is not None and source.is_waiting(now)
 
     def basic_cancel(self, consumer_tag: str, nowait: bool = False, **kwargs: Any) -> None:
         """End a consumer.  What it was given and did not settle stays held.
@@ -451,7 +462,7 @@ class Consuming(Settling):
         if message is None:
             return False
         if consumer.no_ack:
-            self.basic_ack(delivery.tag)
+            self._ack_later(delivery.tag)
         consumer.callback(message)
         return True
 

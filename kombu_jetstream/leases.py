@@ -31,6 +31,7 @@ from .errors import ConnectionLost, JetStreamTransportError
 from .options import Options
 
 if TYPE_CHECKING:
+    from .consuming import Consuming
     from .endpoint import Server
     from .jetstream import JetStream
     from .publishing import Unconfirmed
@@ -113,6 +114,7 @@ class Ledger:
         #: connections that may carry an outcome and when they were made, the newest last
         self._links: list[tuple[float, weakref.ref[JetStream]]] = []
         self._holders: weakref.WeakSet[QoS] = weakref.WeakSet()
+        self._consuming: weakref.WeakSet[Consuming] = weakref.WeakSet()
         self._orphans: dict[bytes, Delivery] = {}
         #: outcomes that wait for a connection
         self._unsent: deque[tuple[bytes, bytes]] = deque()
@@ -184,6 +186,15 @@ class Ledger:
 
     def release(self, holder: QoS) -> None:
         self._holders.discard(holder)
+
+    def note_consuming(self, channel: Consuming) -> None:
+        """Remember that *channel* consumes, as long as it exists."""
+        self._consuming.add(channel)
+
+    def is_waited_for(self, queue: str, now: float) -> bool:
+        """Tell whether a channel of this process is where the next message of *queue* comes to,
+        and there is none now."""
+        return any(channel.is_waiting_for(queue, now) for channel in list(self._consuming))
 
     def adopt(self, deliveries: Iterable[Delivery]) -> None:
         """Take over the deliveries of a lost connection."""

@@ -94,6 +94,11 @@ class Source:
         """
         return self.pending - self.asked if self.pulls[WAIT_SLOT] is None else 0
 
+    def is_waiting(self, now: float) -> bool:
+        """Tell whether the server has nothing for us, and said so a short while ago."""
+        pull = self.pulls[WAIT_SLOT]
+        return pull is not None and not self.pending and now - pull.seen < 2 * IDLE_HEARTBEAT
+
 
 @dataclass(slots=True, eq=False)
 class _Outstanding:
@@ -316,7 +321,7 @@ class Pulls:
             commands += self._cancel(now)
             sources = [source for source in self._unasked if source.retry_at <= now]
             credit = self.limit - self.held - self._asked
-        share = max(1, credit // len(self.sources))
+        share = max(1, credit // len(sources))
         commands += [self._pull(source, share, WAIT_SLOT, now) for source in sources]
         return commands
 

@@ -322,15 +322,32 @@ class Session:
     def _dispatch_all(self) -> None:
         self._scheduled = False
         self._dispatching = True
+        loop = self._loop if self._is_single() else None
         try:
-            self._after_read()
+            if loop is None:
+                self._after_read()
             for _ in range(MAX_PER_TICK):
                 if not self.dispatch_one():
-                    self._after_read()  # what a consumer read while it waited for a reply
+                    if loop is not None:
+                        loop.call_soon(loop.call_soon, self._ask_late)
+                    else:
+                        self._after_read()  # what a consumer read while it waited for a reply
                     return
         finally:
             self._dispatching = False
         self.wake_loop()
+
+    def _is_single(self) -> bool:
+        """Tell whether one message came alone: somebody may wait for it."""
+        return sum(len(channel.ready) for channel in self.channels) == 1
+
+    def _ask_late(self) -> None:
+        """Ask for more when the event loop has given a single message to a pool's process.
+
+        Two turns of the loop later, that is: it writes to the pool at the end of the next one.
+        """
+        if not self._closed:
+            self._after_read()
 
     def wake_loop(self) -> None:
         """Act on what arrived outside `on_readable` in the loop's next tick.

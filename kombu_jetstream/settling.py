@@ -79,6 +79,15 @@ class Settling(Declaring):
         """Put a delivery back, to be delivered again after *delay* seconds."""
         self._settle(delivery_tag, "nak", delay)
 
+    def _ack_later(self, tag: int) -> None:
+        """Settle a delivery as done, with a write that need not come before what is done next."""
+        session = self._session
+        session.begin_write(may_wait=False)
+        try:
+            self._settle(tag, "ack")
+        finally:
+            session.end_write(hold=self.may_hold)
+
     def _settle(self, tag: int, outcome: Outcome, delay: float | None = None) -> None:
         session = self._session
         with session.lock:
