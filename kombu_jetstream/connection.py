@@ -146,6 +146,7 @@ class NatsConnection:
         self._events: deque[protocol.Event] = deque()
         self._out = bytearray()
         self._corks = 0
+        self._is_kept = False  # what is in _out waits for the next write
         self._pings: deque[Callable[[], None]] = deque()  # what each PONG to come is for
         self._handlers: dict[int, Handler] = {}
         self._subjects: dict[int, bytes] = {}
@@ -444,7 +445,10 @@ class NatsConnection:
             self._corks -= 1
             if self._corks or not self._out or self._failure is not None:
                 return
-            if len(self._out) <= keep or self._send():
+            if len(self._out) <= keep:
+                self._is_kept = True
+                return
+            if self._send():
                 return
         self._wait_for_room()
 
@@ -484,6 +488,7 @@ class NatsConnection:
         sock, out = self._usable(), self._out
         if self._is_sending:
             return True  # the call we interrupted sends this too
+        self._is_kept = False
         try:
             self._is_sending = True
             while out:
@@ -710,7 +715,7 @@ class NatsConnection:
         found = False
         while True:
             with self._lock:
-                if self._out:
+                if self._out and not self._is_kept:
                     self._send()
                 more, lost = self._receive()
             found |= self._dispatch()

@@ -30,7 +30,7 @@ from .message import Message
 from .protocol import Msg, parse_headers
 from .pulls import SLOTS, WAIT_SLOT, Cancel, Source
 from .settling import Settling
-from .tasks import Taker, check_event, check_fields, runs_elsewhere, taker_of
+from .tasks import Taker, check_event, check_fields, pool_elsewhere, taker_of
 from .topology import LEVELS, decode_token
 
 if TYPE_CHECKING:
@@ -74,6 +74,8 @@ class Consuming(Settling):
         #: subject prefix and subscription of the pulls, by slot
         self._inboxes: list[tuple[bytes, int] | None] = [None] * SLOTS
         self._has_pulled = False
+        #: Celery's pool, if all consumers hand their tasks to it, and none runs where we read
+        self._pool: Any = None
         self._is_closing = False
         #: sources whose consumer the server says is deleted
         self._deleted: list[tuple[Source, str]] = []
@@ -98,8 +100,12 @@ class Consuming(Settling):
         transient = session.transient.get(queue)
         if transient is None and not session.durable_routes("", queue):
             raise QueueMissing(queue)
-        elsewhere = runs_elsewhere(callback)
-        self.may_settle_late = elsewhere and (self.may_settle_late or not self._consumers)
+        pool = pool_elsewhere(callback)
+        if pool is not None and not self._consumers:
+            self._pool = pool
+        elif pool is not self._pool:
+            self._pool = self._pulls.at_work = None
+        self.may_settle_late = self._pool is not None
         taker = taker_of(callback)
         self.may_hold = self.may_hold and taker is None
         self._consumers_by_queue.pop(queue, None)
@@ -262,10 +268,15 @@ class Consuming(Settling):
         if self._is_closing:
             return False
         self.dirty = False
-        if self._pulls.is_content():
+        pulls, now = self._pulls, time.monotonic()
+        if self._pool is not None:
+            pulls.at_work = self._pool.num_processes if session.has_loop else None
+        if pulls.is_content(now):
+            if pulls.asks_at is not None:
+                session.ask_later(pulls.asks_at - now)
             return False
         with session.lock:
-            commands = self._pulls.plan(time.monotonic())
+            commands = pulls.plan(now)
             if not commands:
                 return False
             session.has_asked = True

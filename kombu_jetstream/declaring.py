@@ -196,9 +196,7 @@ class Declaring(base.StdChannel):
         session = self._session
         session.registry.refresh()
         known = session.registry.queues.get(queue.name)
-        return known == queue and session.ledger.is_waited_for(
-            queue.name, time.monotonic()
-        )
+        return known == queue and session.ledger.is_waited_for(queue.name, time.monotonic())
 
     def _decide(self, but: str | None = None) -> None:
         """Make auto-delete queues JetStream ones that were not bound to a fanout exchange."""

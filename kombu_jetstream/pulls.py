@@ -61,6 +61,9 @@ RETRY_DELAYS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0)
 #: Seconds in which a server that lives answers a pull for what is there.
 ANSWER_TIME = 0.5
 
+#: Seconds for which little room may wait for more room, while held deliveries wait for their turn.
+PATIENCE = 0.005
+
 #: The slot of waiting pulls.
 WAIT_SLOT = 0
 
@@ -144,6 +147,10 @@ class Pulls:
         #: by level: deliveries that arrived and were not handed on yet
         self.buffered = [0, 0, 0]
         self.limit = UNLIMITED
+        #: deliveries that may be worked on at the same time, if that is known
+        self.at_work: int | None = None
+        #: when `plan` is to be asked although there is little room, None if at any time
+        self.asks_at: float | None = None
         self._asked = 0
         self._levels: list[list[Source]] = [[], [], []]
         #: by level: sources that have messages left, the next one to be served first
@@ -262,18 +269,29 @@ class Pulls:
                 self.since_served[source.level] = 0
         return source
 
-    def is_content(self) -> bool:
-        """Tell, for little, that `plan` has nothing to say: a pull is under way, and it is cheaper
-        to ask for more at once when there is more room."""
-        return (
-            self.limit - self.held - self._asked < self._enough
-            and len(self._outstanding) > self._waiting
-            and self.held < self.limit
-            and not self._recall
-        )
+    def is_content(self, now: float) -> bool:
+        """Tell, for little, that `plan` has nothing to say: it is cheaper to ask for more at once
+        when there is more room, and a pull is under way, or work enough is here.
+
+        Because of the latter not for longer than `PATIENCE`, until `asks_at`.
+        """
+        if (
+            self.limit - self.held - self._asked >= self._enough
+            or self.held >= self.limit
+            or self._recall
+        ):
+            return False
+        if len(self._outstanding) > self._waiting:
+            return True
+        if self.at_work is None or self.held <= self.at_work:
+            return False
+        if self.asks_at is None:
+            self.asks_at = now + PATIENCE
+        return now < self.asks_at
 
     def plan(self, now: float) -> list[Pull | Cancel]:
         """Return what to tell the server now."""
+        self.asks_at = None
         commands: list[Pull | Cancel] = []
         if self.held >= self.limit or self._recall:
             self._recall = False

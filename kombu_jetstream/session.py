@@ -112,6 +112,7 @@ class Session:
     is_collecting = False
     _loop_thread = 0
     _collected_at = 0.0
+    _asks_later = False
     #: something was asked of the server, since this was last set to False
     has_asked = False
 
@@ -329,6 +330,7 @@ class Session:
             for _ in range(MAX_PER_TICK):
                 if not self.dispatch_one():
                     if loop is not None:
+                        # The loop writes to the pool at the end of its next turn: after that.
                         loop.call_soon(loop.call_soon, self._ask_late)
                     else:
                         self._after_read()  # what a consumer read while it waited for a reply
@@ -337,15 +339,23 @@ class Session:
             self._dispatching = False
         self.wake_loop()
 
+    @property
+    def has_loop(self) -> bool:
+        """Whether an event loop reads this connection."""
+        return self._loop is not None
+
+    def ask_later(self, delay: float) -> None:
+        """Let the channels ask for more *delay* seconds later, if nothing makes them before."""
+        if self._loop is not None and not self._asks_later:
+            self._asks_later = True
+            self._loop.call_later(delay, self._ask_late)
+
     def _is_single(self) -> bool:
         """Tell whether one message came alone: somebody may wait for it."""
         return sum(len(channel.ready) for channel in self.channels) == 1
 
     def _ask_late(self) -> None:
-        """Ask for more when the event loop has given a single message to a pool's process.
-
-        Two turns of the loop later, that is: it writes to the pool at the end of the next one.
-        """
+        self._asks_later = False
         if not self._closed:
             self._after_read()
 

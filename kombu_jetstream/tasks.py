@@ -22,7 +22,7 @@ __all__ = [
     "check_body",
     "check_event",
     "check_fields",
-    "runs_elsewhere",
+    "pool_elsewhere",
     "taker_of",
 ]
 
@@ -50,14 +50,15 @@ def taker_of(callback: object) -> Taker:
     return _TAKERS.get(getattr(handler, "__module__", None) or "")
 
 
-def runs_elsewhere(callback: object) -> bool:
-    """Tell whether *callback* hands tasks to a pool that runs none in the event loop's thread.
+def pool_elsewhere(callback: object) -> Any:
+    """Return the pool to which *callback* hands tasks, if it runs none in the event loop's thread.
 
     The kombu ``Consumer`` of Celery's tasks has its worker's ``on_decode_error``.
     """
     worker = getattr(getattr(callback, "__self__", None), "on_decode_error", None)
     pool = getattr(getattr(worker, "__self__", None), "pool", None)
-    return taker_of(callback) == "tasks" and type(pool).__module__ in _POOLS_ELSEWHERE
+    is_it = taker_of(callback) == "tasks" and type(pool).__module__ in _POOLS_ELSEWHERE
+    return pool if is_it else None
 
 
 #: Seconds of the longest time limit, 30 years: a pool's timers count in C.
