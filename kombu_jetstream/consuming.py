@@ -28,7 +28,7 @@ from .errors import (
 from .jetstream import parse_reply
 from .message import Message
 from .protocol import Msg, parse_headers
-from .pulls import SLOTS, WAIT_SLOT, Cancel, Source
+from .pulls import SLOTS, WAIT_SLOT, Cancel, Pull, Source
 from .settling import Settling
 from .tasks import Taker, check_event, check_fields, pool_elsewhere, taker_of
 from .topology import LEVELS, decode_token
@@ -280,18 +280,22 @@ class Consuming(Settling):
             if not commands:
                 return False
             session.has_asked = True
-            pull = session.jetstream.pull
-            with session.nats.corked():
-                for command in commands:
-                    if isinstance(command, Cancel):
-                        self._drop_inbox(WAIT_SLOT)
-                        continue
-                    inbox = self._inboxes[command.slot] or self._open_inbox(command.slot)
-                    subject = command.source.token[1]
-                    pull(
-                        subject, command.batch, command.wait, b"%b.%d" % (inbox[0], command.pull_id)
-                    )
+            if len(commands) == 1:
+                self._tell(commands[0])
+            else:
+                with session.nats.corked():
+                    for command in commands:
+                        self._tell(command)
         return True
+
+    def _tell(self, command: Pull | Cancel) -> None:
+        """Tell the server what `Pulls.plan` wants."""
+        if isinstance(command, Cancel):
+            self._drop_inbox(WAIT_SLOT)
+            return
+        inbox = self._inboxes[command.slot] or self._open_inbox(command.slot)
+        reply = b"%b.%d" % (inbox[0], command.pull_id)
+        self._session.jetstream.pull(command.source.token[1], command.batch, command.wait, reply)
 
     def _open_inbox(self, slot: int) -> tuple[bytes, int]:
         """One subscription carries the pulls of a slot, whatever their source.
@@ -446,7 +450,7 @@ class Consuming(Settling):
     def deliver(self) -> bool:
         """Hand one ready delivery to its consumer; return whether there was one to hand on."""
         with self._session.lock:
-            if not self.ready:
+            if not self.ready.count:
                 return False
             delivery = self.ready.pop()
         consumers = self.consumers_of(delivery.queue)

@@ -95,9 +95,10 @@ def decode(payload: bytes) -> Envelope:
     if not isinstance(envelope, dict):
         raise MalformedMessage("not a message envelope: not a JSON object")
     _check(envelope, _PARTS)
-    _check(envelope["properties"], _PROPERTIES)
-    _check(envelope["properties"]["delivery_info"], _DELIVERY_INFO)
-    priority = envelope["properties"].get("priority")
+    properties = envelope["properties"]
+    _check(properties, _PROPERTIES)
+    _check(properties["delivery_info"], _DELIVERY_INFO)
+    priority = properties.get("priority")
     if isinstance(priority, float) and not math.isfinite(priority):
         raise MalformedMessage(f"not a message envelope: 'priority' is {priority}")
     if is_too_deep(envelope, text):

@@ -30,7 +30,7 @@ from .errors import (
     TopologyMismatch,
 )
 from .options import Options
-from .protocol import Msg, status_code
+from .protocol import Msg, encode_pub, status_code
 from .publishing import outcome_of
 from .pulls import IDLE_HEARTBEAT, PULL_EXPIRES
 from .topology import Difference, Level, Names
@@ -516,7 +516,7 @@ class JetStream:
 
     def pull(self, subject: bytes, batch: int, wait: bool, reply: bytes) -> None:
         """Ask for *batch* messages: those there are, or *wait* on the server for them."""
-        self.connection.publish(subject, (_WAIT if wait else _NO_WAIT) % batch, reply)
+        self.connection.write(encode_pub(subject, (_WAIT if wait else _NO_WAIT) % batch, reply))
 
     def touch(self, subject: bytes) -> None:
         """Tell the server that a consumer is in use, although nothing is asked of it now."""
@@ -549,7 +549,8 @@ class JetStream:
             self._confirmed(delivery.token, payload)
             return
         try:
-            self.connection.publish(delivery.token, payload)
+            # Unchecked: as the server sent it, and each once, in vain for a cache of checks.
+            self.connection.write(encode_pub(delivery.token, payload))
         except ConnectionLost:
             if outcome != "progress":
                 self.ledger.forward(self, delivery.token, payload)

@@ -225,9 +225,12 @@ class Parser:
                 continue
             if not fewest <= len(words) <= fewest + 1:
                 _fail("a subject, a subscription and sizes", line)
-            sid = _number(words[2], _MAX_SID, line)
+            sid, size = _natural(words[2]), _natural(words[-1])
+            if not (0 <= sid <= _MAX_SID and 0 <= size <= largest):
+                _number(words[2], _MAX_SID, line)  # one of them tells what is wrong
+                _number(words[-1], largest, line)
             body = eol + 2
-            stop = body + _number(words[-1], largest, line)
+            stop = body + size
             if stop + 2 > end:
                 self._needed = stop + 2 - start
                 break
@@ -274,12 +277,18 @@ def _event(verb: bytes, line: bytes) -> Event:
 
 
 def _number(word: bytes, limit: int, line: bytes) -> int:
+    number = _natural(word)
+    if not 0 <= number <= limit:
+        _fail(f"a number from 0 to {limit}", line)
+    return number
+
+
+# Cached, as subscriptions and sizes repeat.
+@lru_cache(maxsize=4096)
+def _natural(word: bytes) -> int:
+    """Return the natural number *word* is, or -1."""
     # `int` takes signs and underscores, and its time grows with the square of the digits.
-    if word.isdigit() and len(word) <= _MAX_DIGITS:
-        number = int(word)
-        if number <= limit:
-            return number
-    _fail(f"a number from 0 to {limit}", line)
+    return int(word) if word.isdigit() and len(word) <= _MAX_DIGITS else -1
 
 
 def _check_length(line: bytes | bytearray) -> None:

@@ -275,15 +275,17 @@ class Pulls:
 
         Because of the latter not for longer than `PATIENCE`, until `asks_at`.
         """
-        if (
-            self.limit - self.held - self._asked >= self._enough
-            or self.held >= self.limit
-            or self._recall
-        ):
+        if self._recall:
+            return False
+        if self.held >= self.limit:
+            return not self._waiting
+        if self.limit - self.held - self._asked >= self._enough:
             return False
         if len(self._outstanding) > self._waiting:
             return True
-        if self.at_work is None or self.held <= self.at_work:
+        if sum(self.buffered) < self._enough and not (
+            self.at_work is not None and self.held > self.at_work
+        ):
             return False
         if self.asks_at is None:
             self.asks_at = now + PATIENCE
@@ -492,10 +494,11 @@ class Ready(Generic[T]):
     def __init__(self, pulls: Pulls) -> None:
         self._levels: tuple[deque[T], ...] = (deque(), deque(), deque())
         self._pulls = pulls
+        #: how many there are
+        self.count = 0
 
     def __len__(self) -> int:
-        high, medium, low = self._levels
-        return len(high) + len(medium) + len(low)
+        return self.count
 
     def __iter__(self) -> Iterator[T]:
         for items in self._levels:
@@ -504,6 +507,7 @@ class Ready(Generic[T]):
     def push(self, item: T, level: int) -> None:
         self._levels[level].append(item)
         self._pulls.buffered[level] += 1
+        self.count += 1
 
     def pop(self) -> T:
         """Return the next item.  Raises IndexError when there is none."""
@@ -522,6 +526,7 @@ class Ready(Generic[T]):
         since[2] += 1
         since[chosen] = 0
         pulls.buffered[chosen] -= 1
+        self.count -= 1
         return self._levels[chosen].popleft()
 
     def take(self, predicate: Callable[[T], bool]) -> list[T]:
@@ -534,5 +539,6 @@ class Ready(Generic[T]):
                 items.clear()
                 items.extend(rest)
                 self._pulls.buffered[level] -= len(matching)
+                self.count -= len(matching)
                 taken += matching
         return taken

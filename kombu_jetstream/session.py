@@ -248,16 +248,22 @@ class Session:
 
     def has_news(self) -> bool:
         """Tell whether anything came: a message, or word that a pull is over."""
-        return self.has_ready() or any(channel.dirty for channel in self.channels)
+        for channel in self.channels:
+            if channel.dirty or channel.ready.count:
+                return True
+        return bool(self._ready_transient)
 
     def has_ready(self) -> bool:
         """Tell whether `dispatch_one` has something to hand on."""
-        return any(channel.ready for channel in self.channels) or bool(self._ready_transient)
+        for channel in self.channels:
+            if channel.ready.count:
+                return True
+        return bool(self._ready_transient)
 
     def dispatch_one(self) -> bool:
         """Hand one message to a consumer; return whether there was one."""
         for channel in self.channels:
-            if channel.ready and channel.deliver():
+            if channel.ready.count and channel.deliver():
                 if len(self.channels) > 1:  # the channels take turns
                     self.channels.remove(channel)
                     self.channels.append(channel)
@@ -352,7 +358,7 @@ class Session:
 
     def _is_single(self) -> bool:
         """Tell whether one message came alone: somebody may wait for it."""
-        return sum(len(channel.ready) for channel in self.channels) == 1
+        return sum(channel.ready.count for channel in self.channels) == 1
 
     def _ask_late(self) -> None:
         self._asks_later = False

@@ -106,7 +106,7 @@ class Settling(Declaring):
             asked = self._after_settle()
         finally:
             if not waits:
-                session.end_write(hold=self.may_hold and not asked and bool(self.ready))
+                session.end_write(hold=self.may_hold and not asked and self.ready.count > 0)
 
     def _release(self, tag: int, *, to_die: bool = False) -> Delivery:
         try:

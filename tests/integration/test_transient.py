@@ -14,6 +14,7 @@ from kombu.connection import Connection
 from kombu.entity import Exchange, Queue
 
 from kombu_jetstream.errors import PreconditionFailed, QueueMissing
+from kombu_jetstream.jetstream import JetStream
 from kombu_jetstream.server import NatsServer
 from tests.messaging import (
     Received,
@@ -410,3 +411,92 @@ def test_a_closed_channel_leaves_its_auto_delete_queue(connect: Connect) -> None
         channel.queue_declare("early", durable=True, auto_delete=True)
 
     assert count(connect(), "early") == 0
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is asked of JetStream's API, for all connections, as long as the test appends."""
+    operations: list[str] = []
+    request_many = JetStream.request_many
+
+    def noted(self: JetStream, requests: Any) -> Any:
+        operations.extend(operation.split(".")[1] for operation, _ in requests)
+        return request_many(self, requests)
+
+    monkeypatch.setattr(JetStream, "request_many", noted)
+    return operations
+
+
+@pytest.fixture
+def waiting(connect: Connect) -> Received:
+    """A consumer of `AUTO_DELETE` in this process that has got all there is."""
+    received = Received(connect().channel(), AUTO_DELETE)
+    received.consume()
+    send(connect(), 1, to="kept")
+    received.wait(1)
+    return received
+
+
+def test_declaring_a_queue_this_process_waits_for_asks_the_server_nothing(
+    connect: Connect, waiting: Received, asked: list[str]
+) -> None:
+    """As Celery does with the queue of its results, for each task it sends."""
+    sending = connect()
+    declare(sending, AUTO_DELETE)
+    asked.clear()
+
+    name, messages, consumers = sending.default_channel.queue_declare(
+        "kept", durable=True, auto_delete=True
+    )
+    send(sending, 2, to="kept")
+
+    assert (name, messages, consumers) == ("kept", 0, 1)
+    assert asked == []
+    assert waiting.wait(2) == [1, 2]
+
+
+@pytest.mark.parametrize("deletes", ["queue", "consumer"])
+def test_declaring_makes_a_queue_again_that_was_deleted_under_its_consumer(
+    connect: Connect, waiting: Received, deletes: str
+) -> None:
+    sending, other = connect(), connect()
+    declare(sending, AUTO_DELETE)
+    if deletes == "queue":
+        other.default_channel.queue_delete("kept")
+    else:
+        waiting.cancel()
+
+    sending.default_channel.queue_declare("kept", durable=True, auto_delete=True)
+    send(sending, 2, to="kept")
+
+    assert count(connect(), "kept") == 1
+
+
+def test_declaring_what_has_waiting_messages_counts_them(
+    connect: Connect, asked: list[str]
+) -> None:
+    received = Received(connect().channel(), AUTO_DELETE, prefetch_count=1, ack=False)
+    received.consume()
+    sending = connect()
+    send(sending, 1, 2, 3, to="kept")
+    received.wait(1)
+    asked.clear()
+
+    declared = sending.default_channel.queue_declare("kept", durable=True, auto_delete=True)
+
+    assert declared.message_count == 2
+    assert asked
+
+
+def test_declaring_with_other_arguments_is_not_what_this_process_waits_for(
+    connect: Connect, waiting: Received, asked: list[str]
+) -> None:
+    sending = connect()
+    declare(sending, AUTO_DELETE)
+    asked.clear()
+
+    sending.default_channel.queue_declare(
+        "kept", durable=True, auto_delete=True, arguments={"x-expires": 3600_000}
+    )
+
+    assert asked

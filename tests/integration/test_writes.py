@@ -17,6 +17,7 @@ from kombu.entity import Exchange, Queue
 from kombu.messaging import Consumer, Producer
 
 from kombu_jetstream import leases
+from kombu_jetstream.jetstream import JetStream
 from kombu_jetstream.server import NatsServer
 from tests.acceptance.app import make_app
 from tests.servers import CeleryWorker, eventually
@@ -172,6 +173,74 @@ def test_what_waits_for_the_end_of_a_tick_is_sent_when_the_loop_is_left(
         connection.transport.unregister_from_event_loop(connection.connection, None)
 
         eventually(lambda: in_flight(other, "writes") == 0, 5)
+
+
+def test_a_result_is_handed_on_before_its_acknowledgement_leaves(
+    connection: Connection, other: Any
+) -> None:
+    """Who asked for it waits for nothing else; without *no_ack*, that is for the program to say."""
+    publish(connection.default_channel, 1)
+    channel: Any = connection.channel()
+    left: list[int] = []
+
+    def on_message(message: Any) -> None:
+        left.append(in_flight(other, "writes"))
+
+    with (
+        mock.patch.object(leases, "SEND_DELAY", 3600.0),
+        Consumer(channel, [QUEUE], on_message=on_message, no_ack=True),
+    ):
+        connection.drain_events(timeout=5)
+        assert left == [1]
+        with pytest.raises(TimeoutError):
+            connection.drain_events(timeout=0.01)
+        eventually(lambda: in_flight(other, "writes") == 0)
+
+
+def test_the_acknowledgement_of_a_result_leaves_soon_whatever_the_program_does(
+    connection: Connection, other: Any
+) -> None:
+    publish(connection.default_channel, 1)
+    got: list[Any] = []
+
+    with Consumer(connection.channel(), [QUEUE], on_message=got.append, no_ack=True):
+        connection.drain_events(timeout=5)
+
+        eventually(lambda: in_flight(other, "writes") == 0)
+
+    assert len(got) == 1
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What happens in order: "pull" for each request for messages, and what the test appends."""
+    events: list[str] = []
+    pull = JetStream.pull
+
+    def noted(self: JetStream, *args: Any) -> None:
+        events.append("pull")
+        pull(self, *args)
+
+    monkeypatch.setattr(JetStream, "pull", noted)
+    return events
+
+
+def test_a_message_that_is_alone_is_handed_on_before_more_is_asked_for(
+    connection: Connection, other: Any, run_loop: Any, written: list[str]
+) -> None:
+    """Somebody may wait for its task."""
+    channel: Any = connection.channel()
+
+    def on_message(message: Any) -> None:
+        written.append("message")
+
+    # Each of three levels is asked for one message, so two more may be asked for.
+    with Consumer(channel, [QUEUE], on_message=on_message, prefetch_count=5):
+        publish(other, 1)
+        written.clear()
+        run_loop(lambda: "message" in written and "pull" in written)
+
+    assert written == ["message", "pull"]
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from kombu_jetstream.pulls import (
     IDLE_HEARTBEAT,
     MAX_BATCH,
+    PATIENCE,
     PULL_EXPIRES,
     RECHECK,
     RETRY_DELAYS,
@@ -846,19 +847,101 @@ def test_ready_takes_out_what_belongs_to_a_queue():
     assert w.pulls.buffered == [0, 0, 1]
 
 
-def test_a_channel_with_a_pull_under_way_and_little_room_is_content() -> None:
-    pulls = Pulls(guard=20, limit=8)
-    source = Source(1)
+def busy(limit: int = 8) -> Pulls:
+    """Return pulls that hold *limit* deliveries, with a backlog behind them and nothing asked."""
+    pulls, source = Pulls(guard=20, limit=limit), Source(1)
     pulls.add(source)
-    assert len(pulls.plan(0.0)) == 1
-    assert not pulls.is_content(), "waiting pulls may have to be widened"
-    for _ in range(8):
+    pulls.plan(0.0)
+    for _ in range(limit):
         pulls.received(source, 100, 0, 0.0)
+    return pulls
+
+
+def test_a_channel_with_a_pull_under_way_and_little_room_is_content() -> None:
+    pulls = busy()
+    assert pulls.is_content(0.0), "there is no room"
     pulls.settled(4)
+    assert not pulls.is_content(0.0)
     (command,) = pulls.plan(0.0)
 
     assert isinstance(command, Pull)
-    assert pulls.is_content()
+    assert pulls.is_content(0.0)
     assert pulls.plan(0.0) == []
     pulls.set_limit(4)
-    assert not pulls.is_content(), "waiting pulls are to be withdrawn"
+    assert not pulls.is_content(0.0), "waiting pulls are to be withdrawn"
+
+
+def test_a_channel_without_messages_is_not_content() -> None:
+    pulls = Pulls(guard=20, limit=8)
+    pulls.add(Source(1))
+
+    assert len(pulls.plan(0.0)) == 1
+
+    assert not pulls.is_content(0.0), "waiting pulls may have to be widened"
+
+
+def test_little_room_waits_for_more_while_work_waits_here() -> None:
+    pulls = busy()
+    pulls.at_work = 2
+    pulls.settled(1)
+
+    assert pulls.is_content(1.0)
+    assert pulls.asks_at == 1.0 + PATIENCE
+    pulls.settled(2)
+    assert pulls.is_content(1.0)
+    pulls.settled(1)
+    assert not pulls.is_content(1.0), "half of the limit is free"
+    (command,) = pulls.plan(1.0)
+    assert isinstance(command, Pull)
+    assert command.batch == 4
+    assert pulls.asks_at is None
+
+
+def test_little_room_waits_no_longer_than_its_patience() -> None:
+    pulls = busy()
+    pulls.at_work = 2
+    pulls.settled(1)
+    assert pulls.is_content(1.0)
+
+    assert not pulls.is_content(1.0 + PATIENCE)
+
+    (command,) = pulls.plan(1.0 + PATIENCE)
+    assert isinstance(command, Pull)
+    assert command.batch == 1
+
+
+@pytest.mark.parametrize("at_work", [None, 7, 8])
+def test_room_is_used_at_once_when_a_process_may_have_nothing_to_do(at_work: int | None) -> None:
+    pulls = busy()
+    pulls.at_work = at_work
+
+    pulls.settled(1)
+
+    assert not pulls.is_content(1.0)
+
+
+def test_little_room_waits_for_more_while_messages_wait_to_be_handed_on() -> None:
+    pulls = busy()
+    pulls.buffered[1] = 4
+    pulls.settled(1)
+
+    assert pulls.is_content(1.0)
+    pulls.buffered[1] = 3
+    assert not pulls.is_content(1.0)
+
+
+def test_a_source_that_waits_on_the_server_is_known_to_be_empty() -> None:
+    pulls, source = Pulls(guard=20, limit=8), Source(1)
+    pulls.add(source)
+    assert not source.is_waiting(0.0), "nothing was asked"
+    (command,) = pulls.plan(0.0)
+    assert isinstance(command, Pull)
+
+    assert source.is_waiting(0.0)
+    pulls.received(source, 1, WAIT_SLOT, 0.0)
+    assert not source.is_waiting(0.0), "there is another one"
+    pulls.received(source, 0, WAIT_SLOT, 0.0)
+    assert source.is_waiting(0.0)
+    assert not source.is_waiting(2 * IDLE_HEARTBEAT), "nothing was heard for long"
+    pulls.heard(command.pull_id, 2 * IDLE_HEARTBEAT)
+    assert source.is_waiting(2 * IDLE_HEARTBEAT)
