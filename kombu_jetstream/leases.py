@@ -51,6 +51,10 @@ ORPHAN_INTERVAL = 0.2
 #: in one write.
 SEND_DELAY = 0.005
 
+#: Seconds for which the thread goes on to look each `SEND_DELAY`: to wake it for every write that is
+#: held back costs the waking thread as much as that write.
+ALERT_TIME = 0.5
+
 #: Seconds between looks at idle connections, whose server expects its PINGs answered.
 IDLE_INTERVAL = 10.0
 
@@ -137,6 +141,8 @@ class Ledger:
         #: connections that hold something back, and when it is to leave
         self._holding: dict[JetStream, None] = {}
         self._send_at = float("inf")
+        #: until when the thread looks often
+        self._alert_until = float("-inf")
         self._lock = threading.RLock()
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
@@ -221,13 +227,17 @@ class Ledger:
         self._acks_unread.append((now, token))
 
     def send_soon(self, link: JetStream) -> None:
-        """Send what *link* holds back within `SEND_DELAY`, if it does not do so by itself."""
+        """Send what *link* holds back within two `SEND_DELAY`, if it does not do so by itself."""
         if link in self._holding:
             return
+        now = time.monotonic()
         with self._lock:
             self._holding[link] = None
-            self._send_at = min(self._send_at, time.monotonic() + SEND_DELAY)
-        self._wake.set()
+            self._send_at = min(self._send_at, now + SEND_DELAY)
+            is_alert = now + SEND_DELAY < self._alert_until
+            self._alert_until = now + ALERT_TIME
+        if not is_alert:
+            self._wake.set()
 
     def _send_held(self) -> None:
         with self._lock:
@@ -361,6 +371,8 @@ class Ledger:
         while True:
             now = time.monotonic()
             wait = min(next_beat, next_idle, self._send_at) - now
+            if now < self._alert_until:
+                wait = min(wait, SEND_DELAY)
             if self._orphans or self._unsent:
                 wait = min(wait, ORPHAN_INTERVAL)
             self._wake.wait(max(wait, 0.0))
