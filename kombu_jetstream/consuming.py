@@ -30,7 +30,7 @@ from .message import Message
 from .protocol import Msg, parse_headers
 from .pulls import SLOTS, WAIT_SLOT, Cancel, Pull, Source
 from .settling import Settling
-from .tasks import Taker, check_event, check_fields, pool_elsewhere, taker_of
+from .tasks import Taker, check_event, check_fields, has_processes, pool_elsewhere, taker_of
 from .topology import LEVELS, decode_token
 
 if TYPE_CHECKING:
@@ -74,8 +74,8 @@ class Consuming(Settling):
         #: subject prefix and subscription of the pulls, by slot
         self._inboxes: list[tuple[bytes, int] | None] = [None] * SLOTS
         self._has_pulled = False
-        #: Celery's pool, if all consumers hand their tasks to it, and none runs where we read
-        self._pool: Any = None
+        #: Celery's pool, if all consumers hand their tasks to it and it has processes for them
+        self._processes: Any = None
         self._is_closing = False
         #: sources whose consumer the server says is deleted
         self._deleted: list[tuple[Source, str]] = []
@@ -101,11 +101,8 @@ class Consuming(Settling):
         if transient is None and not session.durable_routes("", queue):
             raise QueueMissing(queue)
         pool = pool_elsewhere(callback)
-        if pool is not None and not self._consumers:
-            self._pool = pool
-        elif pool is not self._pool:
-            self._pool = self._pulls.at_work = None
-        self.may_settle_late = self._pool is not None
+        self.may_settle_late = pool is not None and (self.may_settle_late or not self._consumers)
+        self._processes = pool if self.may_settle_late and has_processes(pool) else None
         taker = taker_of(callback)
         self.may_hold = self.may_hold and taker is None
         self._consumers_by_queue.pop(queue, None)
@@ -206,6 +203,11 @@ class Consuming(Settling):
     def has_consumers(self) -> bool:
         return bool(self._consumers)
 
+    @property
+    def has_processes(self) -> bool:
+        """Whether all that is consumed goes to a pool of processes, which an event loop feeds."""
+        return self._processes is not None and self._session.has_loop
+
     def has_room(self) -> bool:
         """Tell whether the prefetch limit lets another delivery in."""
         return self.qos.can_consume()
@@ -269,8 +271,8 @@ class Consuming(Settling):
             return False
         self.dirty = False
         pulls, now = self._pulls, time.monotonic()
-        if self._pool is not None:
-            pulls.at_work = self._pool.num_processes if session.has_loop else None
+        if self._processes is not None:
+            pulls.at_work = self._processes.num_processes if self.has_processes else None
         if pulls.is_content(now):
             if pulls.asks_at is not None:
                 session.ask_later(pulls.asks_at - now)

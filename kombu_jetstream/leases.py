@@ -51,8 +51,8 @@ ORPHAN_INTERVAL = 0.2
 #: in one write.
 SEND_DELAY = 0.005
 
-#: Seconds for which the thread goes on to look each `SEND_DELAY`: to wake it for every write that is
-#: held back costs the waking thread as much as that write.
+#: Seconds for which the thread goes on to look each `SEND_DELAY`: waking it for every write that is
+#: held back costs as much as the write.
 ALERT_TIME = 0.5
 
 #: Seconds between looks at idle connections, whose server expects its PINGs answered.

@@ -329,15 +329,15 @@ class Session:
     def _dispatch_all(self) -> None:
         self._scheduled = False
         self._dispatching = True
-        loop = self._loop if self._is_single() else None
+        asks_late = self._is_single()
         try:
-            if loop is None:
+            if not asks_late:
                 self._after_read()
             for _ in range(MAX_PER_TICK):
                 if not self.dispatch_one():
-                    if loop is not None:
+                    if asks_late:
                         # The loop writes to the pool at the end of its next turn: after that.
-                        loop.call_soon(loop.call_soon, self._ask_late)
+                        self._loop.call_soon(self._loop.call_soon, self._ask_late)
                     else:
                         self._after_read()  # what a consumer read while it waited for a reply
                     return
@@ -357,8 +357,9 @@ class Session:
             self._loop.call_later(delay, self._ask_late)
 
     def _is_single(self) -> bool:
-        """Tell whether one message came alone: somebody may wait for it."""
-        return sum(channel.ready.count for channel in self.channels) == 1
+        """Tell whether one message came alone, for a pool of processes: somebody may wait for it."""
+        ready = [channel for channel in self.channels if channel.ready.count]
+        return len(ready) == 1 and ready[0].ready.count == 1 and ready[0].has_processes
 
     def _ask_late(self) -> None:
         self._asks_later = False

@@ -22,6 +22,7 @@ __all__ = [
     "check_body",
     "check_event",
     "check_fields",
+    "has_processes",
     "pool_elsewhere",
     "taker_of",
 ]
@@ -59,6 +60,14 @@ def pool_elsewhere(callback: object) -> Any:
     pool = getattr(getattr(worker, "__self__", None), "pool", None)
     is_it = taker_of(callback) == "tasks" and type(pool).__module__ in _POOLS_ELSEWHERE
     return pool if is_it else None
+
+
+def has_processes(pool: object) -> bool:
+    """Tell whether a pool runs tasks beside the process that reads.
+
+    Threads compete with it for the interpreter, and need more at hand.
+    """
+    return type(pool).__module__ == "celery.concurrency.prefork"
 
 
 #: Seconds of the longest time limit, 30 years: a pool's timers count in C.

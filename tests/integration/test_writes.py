@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -236,6 +237,7 @@ def test_a_message_that_is_alone_is_handed_on_before_more_is_asked_for(
 
     # Each of three levels is asked for one message, so two more may be asked for.
     with Consumer(channel, [QUEUE], on_message=on_message, prefetch_count=5):
+        channel._processes = SimpleNamespace(num_processes=2)  # as in a worker
         publish(other, 1)
         written.clear()
         run_loop(lambda: "message" in written and "pull" in written)
