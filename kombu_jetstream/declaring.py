@@ -136,6 +136,8 @@ class Declaring(base.StdChannel):
         queue = queue or f"amq.gen-{uuid()}"
         if passive:
             return self._declared(queue)
+        if auto_delete and durable and self._is_waited_for(queue, arguments or {}):
+            return queue_declare_ok_t(queue, 0, 1)
         parsed = QueueArguments.parse(queue, arguments)
         self._decide(but=queue)
         if queue in session.transient:
@@ -179,24 +181,24 @@ class Declaring(base.StdChannel):
                 f"'x-max-priority' of queue {queue!r}, which is auto-delete",
                 "such a queue has one level; leave out auto_delete, or the priorities",
             )
-        if auto_delete and self._is_waited_for(record):
-            return queue_declare_ok_t(queue, 0, 1)
         counts = session.jetstream.ensure_queue(
             queue, auto_delete=auto_delete, inactive_after=record.inactive_after
         )
         session.registry.add_queue(record)
         return queue_declare_ok_t(queue, counts.ready, counts.waiting_pulls)
 
-    def _is_waited_for(self, queue: Queue) -> bool:
+    def _is_waited_for(self, queue: str, arguments: dict[str, Any]) -> bool:
         """Tell whether a consumer of this process shows that *queue* is there, and empty.
 
         Celery declares the queue of ``rpc://`` results with each task it sends, because another
         client might have deleted it: that is in the registry's news, which are read first.
         """
         session = self._session
+        if not session.ledger.is_waited_for(queue, time.monotonic()):
+            return False
         session.registry.refresh()
-        known = session.registry.queues.get(queue.name)
-        return known == queue and session.ledger.is_waited_for(queue.name, time.monotonic())
+        known = session.registry.queues.get(queue)
+        return known is not None and known.auto_delete and known.arguments == arguments
 
     def _decide(self, but: str | None = None) -> None:
         """Make auto-delete queues JetStream ones that were not bound to a fanout exchange."""

@@ -357,7 +357,7 @@ class Session:
             self._loop.call_later(delay, self._ask_late)
 
     def _is_single(self) -> bool:
-        """Tell whether one message came alone, for a pool of processes: somebody may wait for it."""
+        """Tell whether one message came alone for a pool of processes: somebody may wait for it."""
         ready = [channel for channel in self.channels if channel.ready.count]
         return len(ready) == 1 and ready[0].ready.count == 1 and ready[0].has_processes
 

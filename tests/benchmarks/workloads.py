@@ -277,7 +277,7 @@ def consume(bench: Bench, contender: Contender) -> Figures:
         queue=bench.new_name("consume"),
         sizes=[BODY],
         prefetches=[8, 256],
-        count=bench.count(20_000),
+        count=bench.count(40_000),
         seconds=bench.seconds(2.0),
     )
     return {f"prefetch {prefetch}": figures[f"{prefetch}/{BODY}"] for prefetch in (8, 256)}
