@@ -435,22 +435,24 @@ class NatsConnection:
         with self._lock:
             self._corks += 1
 
-    def uncork(self, *, keep: int = 0) -> None:
+    def uncork(self, *, keep: int = 0) -> bool:
         """End a `cork`; the last one sends what was collected.
 
-        Up to *keep* bytes of it stay for whatever is written next, `flush` or `wait`.
+        Up to *keep* bytes of it stay for whatever is written next, `flush` or `wait`; True is
+        returned if there are any.  A read does not send them.
         Does not raise for a connection that was lost before: the next use does.
         """
         with self._lock:
             self._corks -= 1
             if self._corks or not self._out or self._failure is not None:
-                return
+                return False
             if len(self._out) <= keep:
                 self._is_kept = True
-                return
+                return True
             if self._send():
-                return
+                return False
         self._wait_for_room()
+        return False
 
     @contextmanager
     def corked(self) -> Iterator[None]:

@@ -188,19 +188,30 @@ class Ledger:
 
     def hold(self, holder: QoS) -> None:
         """Extend the leases of what *holder* holds, as long as it exists."""
-        self._holders.add(holder)
+        with self._lock:
+            self._holders.add(holder)
 
     def release(self, holder: QoS) -> None:
-        self._holders.discard(holder)
+        with self._lock:
+            self._holders.discard(holder)
+
+    def _held(self) -> list[Delivery]:
+        """Return what the channels of this process hold."""
+        with self._lock:
+            holders = list(self._holders)
+        return [delivery for holder in holders for delivery in holder.deliveries()]
 
     def note_consuming(self, channel: Consuming) -> None:
         """Remember that *channel* consumes, as long as it exists."""
-        self._consuming.add(channel)
+        with self._lock:
+            self._consuming.add(channel)
 
     def is_waited_for(self, queue: str, now: float) -> bool:
         """Tell whether a channel of this process is where the next message of *queue* comes to,
         and there is none now."""
-        return any(channel.is_waiting_for(queue, now) for channel in list(self._consuming))
+        with self._lock:
+            channels = list(self._consuming)
+        return any(channel.is_waiting_for(queue, now) for channel in channels)
 
     def adopt(self, deliveries: Iterable[Delivery]) -> None:
         """Take over the deliveries of a lost connection."""
@@ -284,13 +295,9 @@ class Ledger:
         self._settle_orphans(now)
         self._read_neglected()
         options = self.options
-        for holder in list(self._holders):
-            deliveries = due(
-                holder.deliveries(), now, options.visibility_timeout, options.lease_limit
-            )
-            for delivery in deliveries:
-                delivery.leased_at = now
-                delivery.settler.settle(delivery, "progress")
+        for delivery in due(self._held(), now, options.visibility_timeout, options.lease_limit):
+            delivery.leased_at = now
+            delivery.settler.settle(delivery, "progress")
 
     def _settle_orphans(self, now: float, *, fresh: bool = False) -> None:
         """Hand back orphans nobody holds, extend the others; with a *fresh* connection at once."""
@@ -438,13 +445,12 @@ class Ledger:
                 self._unsent.append((token, b"+ACK"))
                 self._wake.set()
                 return True
-        for holder in list(self._holders):
-            for delivery in holder.deliveries():
-                if not delivery.settled and message_of(delivery.token) == message:
-                    if self._moves_on(delivery):
-                        return False
-                    delivery.token = token
-                    return True
+        for delivery in self._held():
+            if not delivery.settled and message_of(delivery.token) == message:
+                if self._moves_on(delivery):
+                    return False
+                delivery.token = token
+                return True
         with self._lock:
             for known, delivery in list(self._orphans.items()):
                 if not delivery.settled and message_of(known) == message:

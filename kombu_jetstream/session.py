@@ -329,15 +329,15 @@ class Session:
     def _dispatch_all(self) -> None:
         self._scheduled = False
         self._dispatching = True
-        asks_late = self._is_single()
+        loop = self._loop if self._is_single() else None
         try:
-            if not asks_late:
+            if loop is None:
                 self._after_read()
             for _ in range(MAX_PER_TICK):
                 if not self.dispatch_one():
-                    if asks_late:
+                    if loop is not None:
                         # The loop writes to the pool at the end of its next turn: after that.
-                        self._loop.call_soon(self._loop.call_soon, self._ask_late)
+                        loop.call_soon(loop.call_soon, self._ask_late)
                     else:
                         self._after_read()  # what a consumer read while it waited for a reply
                     return
@@ -415,8 +415,8 @@ class Session:
 
     def _hold_back(self) -> None:
         """End a `cork`; what was collected waits for the next write, or for the ledger."""
-        self.nats.uncork(keep=HELD_BYTES)
-        self.ledger.send_soon(self.jetstream)
+        if self.nats.uncork(keep=HELD_BYTES):
+            self.ledger.send_soon(self.jetstream)
 
     def _end_collecting(self) -> None:
         if not self.is_collecting:
