@@ -10,6 +10,9 @@ many messages its consumer has left, so a source is known to have a backlog with
   in pulls that take what is there (`no_wait`): a backlog that other workers took away ends them at
   once.  Empty sources of that and more urgent levels are probed once in `RECHECK` seconds; less
   urgent ones are not asked, but for the starvation guard.
+- Little room: a pull for one message costs the server as much as a pull for several.  So while one
+  is under way, or deliveries wait for their turn here, the credit grows to half of the limit before
+  it is used; in the latter case for no longer than `PATIENCE`.
 - No room: the waiting pulls are withdrawn, so that a worker busy with long tasks takes nothing
   away from one that is free.
 

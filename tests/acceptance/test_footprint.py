@@ -158,7 +158,13 @@ def test_remote_control_and_replies_leave_nothing_behind(
         assert monitored.left_behind("trace") == before
         return True
 
-    use()  # what the first use makes, such as connections of the pool's processes, stays
+    def is_used() -> bool:
+        use()
+        return True
+
+    # What the first use makes, such as connections of the pool's processes, stays.  A gevent worker
+    # is ready before the greenlet that answers is.
+    eventually(is_used, within=60, every=0.5)
     before = _settled(monitored)
     assert before["queues"] == ["celery"]
     assert set(before["messages"].values()) == {0}
