@@ -170,6 +170,8 @@ class Pulls:
         self._served = True
         #: by level: the starvation guard's next turn is a look around
         self._look_around = [False, False, False]
+        #: by level: when the next one may be
+        self._look_at = [float("-inf")] * 3
         self._next_id = 0
         self.set_limit(limit)
 
@@ -396,7 +398,7 @@ class Pulls:
 
         Asked so early that the message is there when its turn comes: all that the limit allows
         may be handed on meanwhile.  A source known to have messages and a look at the others take
-        turns.
+        turns; there is one such look in `RECHECK`, as each costs the server what a pull does.
         """
         due = []
         for lower in range(level + 1, len(self._levels)):
@@ -407,10 +409,12 @@ class Pulls:
                 continue  # on its way
             known = next((source for source in hot if source.retry_at <= now), None)
             source = known
-            if known is None or self._look_around[lower]:
+            if (known is None or self._look_around[lower]) and now >= self._look_at[lower]:
                 source = min(
                     self._unseen(lower, now), key=lambda source: source.checked, default=known
                 )
+            if source is not known:
+                self._look_at[lower] = now + RECHECK
             self._look_around[lower] = source is known
             if source is not None:
                 due.append(source)

@@ -945,3 +945,26 @@ def test_a_source_that_waits_on_the_server_is_known_to_be_empty() -> None:
     assert not source.is_waiting(2 * IDLE_HEARTBEAT), "nothing was heard for long"
     pulls.heard(command.pull_id, 2 * IDLE_HEARTBEAT)
     assert source.is_waiting(2 * IDLE_HEARTBEAT)
+
+
+def test_one_of_many_idle_sources_below_a_backlog_is_looked_at_in_a_while() -> None:
+    """Each look costs the server what a pull of several messages does."""
+    w, (medium, *low) = worker(8, MEDIUM, *[LOW] * 50)
+    w.server.publish(medium, 1000)
+    w.exchange()
+    w.advance(2 * RECHECK)
+    looked = Counter[int]()
+    take = w.server.take
+
+    def seen(command: Pull | Cancel) -> None:
+        if isinstance(command, Pull) and command.source in low:
+            looked[command.source.level] += 1
+        take(command)
+
+    w.server.take = seen  # type: ignore[method-assign]
+
+    w.work(200)
+    assert looked == {LOW: 1}
+    w.advance(2 * RECHECK)
+    w.work(200)
+    assert looked == {LOW: 2}
