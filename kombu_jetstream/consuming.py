@@ -40,6 +40,9 @@ __all__ = ["Consuming"]
 
 logger = logging.getLogger(__name__)
 
+#: Seconds in which a server has dealt with an acknowledgement; it answers a PING before.
+ACK_TIME = 0.2
+
 #: Failed pulls in a row after which the consumer is looked for.
 FAILURES_BEFORE_CHECK = 3
 
@@ -130,6 +133,10 @@ class Consuming(Settling):
                     self._sources[key] = source
                     self._pulls.add(source)
                     self._touched[source] = time.monotonic()
+            # All of them now, so that what a channel has on the server does not depend on its load.
+            for slot, inbox in enumerate(self._inboxes):
+                if inbox is None:
+                    self._open_inbox(slot)
         session.ledger.hold(self.qos)
         session.ledger.note_consuming(self)
         self.refill()
@@ -189,9 +196,16 @@ class Consuming(Settling):
         if not self._is_auto_delete(queue) or not session.nats.is_open:
             return
         session.nats.round_trip(session.options.publish_timeout)  # our pulls are withdrawn
-        counts = session.jetstream.counts(queue, auto_delete=True)
-        if counts is None or not (counts.waiting_pulls or counts.in_flight):
-            self.queue_delete(queue)
+        end = time.monotonic() + ACK_TIME
+        while True:
+            counts = session.jetstream.counts(queue, auto_delete=True)
+            if counts is None or not (counts.waiting_pulls or counts.in_flight):
+                self.queue_delete(queue)
+                return
+            if counts.waiting_pulls or time.monotonic() > end:
+                return
+            # Our last acknowledgements may not be counted yet.
+            session.nats.wait(lambda: False, ACK_TIME / 20)
 
     def consumers_of(self, queue: str) -> tuple[_Consumer, ...]:
         found = self._consumers_by_queue.get(queue)
