@@ -142,13 +142,13 @@ class Consuming(Settling):
         self.refill()
 
     def is_waiting_for(self, queue: str, now: float) -> bool:
-        """Tell whether a pull of ours waits on the server for *queue*, so that it is there, and
-        empty; callable from any thread."""
+        """Tell whether a pull of ours waits on the server for *queue*, an auto-delete one: then it
+        is there, and empty.  Callable from any thread."""
         session = self._session
         if self.closed or not session.nats.is_open:
             return False
-        key = session.jetstream.consumer_key(queue, "medium")
-        source = self._sources.get(key)
+        (level,) = session.jetstream.queue_levels(auto_delete=True)
+        source = self._sources.get(session.jetstream.consumer_key(queue, level))
         return source is not None and source.is_waiting(now)
 
     def basic_cancel(self, consumer_tag: str, nowait: bool = False, **kwargs: Any) -> None:
@@ -285,8 +285,7 @@ class Consuming(Settling):
             return False
         self.dirty = False
         pulls, now = self._pulls, time.monotonic()
-        if self._processes is not None:
-            pulls.at_work = self._processes.num_processes if self.has_processes else None
+        pulls.at_work = self._processes.num_processes if self.has_processes else None
         if pulls.is_content(now):
             if pulls.asks_at is not None:
                 session.ask_later(pulls.asks_at - now)

@@ -225,12 +225,9 @@ class Parser:
                 continue
             if not fewest <= len(words) <= fewest + 1:
                 _fail("a subject, a subscription and sizes", line)
-            sid, size = _natural(words[2]), _natural(words[-1])
-            if not (0 <= sid <= _MAX_SID and 0 <= size <= largest):
-                _number(words[2], _MAX_SID, line)  # one of them tells what is wrong
-                _number(words[-1], largest, line)
+            sid = _number(words[2], _MAX_SID, line)
             body = eol + 2
-            stop = body + size
+            stop = body + _number(words[-1], largest, line)
             if stop + 2 > end:
                 self._needed = stop + 2 - start
                 break

@@ -248,10 +248,7 @@ class Session:
 
     def has_news(self) -> bool:
         """Tell whether anything came: a message, or word that a pull is over."""
-        for channel in self.channels:
-            if channel.dirty or channel.ready.count:
-                return True
-        return bool(self._ready_transient)
+        return self.has_ready() or any(channel.dirty for channel in self.channels)
 
     def has_ready(self) -> bool:
         """Tell whether `dispatch_one` has something to hand on."""
@@ -337,7 +334,7 @@ class Session:
                 if not self.dispatch_one():
                     if loop is not None:
                         # The loop writes to the pool at the end of its next turn: after that.
-                        loop.call_soon(loop.call_soon, self._ask_late)
+                        loop.call_soon(loop.call_soon, self._after_read)
                     else:
                         self._after_read()  # what a consumer read while it waited for a reply
                     return
@@ -354,17 +351,16 @@ class Session:
         """Let the channels ask for more *delay* seconds later, if nothing makes them before."""
         if self._loop is not None and not self._asks_later:
             self._asks_later = True
-            self._loop.call_later(delay, self._ask_late)
+            self._loop.call_later(delay, self._ask_now)
+
+    def _ask_now(self) -> None:
+        self._asks_later = False
+        self._after_read()
 
     def _is_single(self) -> bool:
         """Tell whether one message came alone for a pool of processes: somebody may wait for it."""
         ready = [channel for channel in self.channels if channel.ready.count]
         return len(ready) == 1 and ready[0].ready.count == 1 and ready[0].has_processes
-
-    def _ask_late(self) -> None:
-        self._asks_later = False
-        if not self._closed:
-            self._after_read()
 
     def wake_loop(self) -> None:
         """Act on what arrived outside `on_readable` in the loop's next tick.

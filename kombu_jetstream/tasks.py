@@ -37,7 +37,8 @@ _TAKERS: dict[str, Taker] = {
 
 
 #: Pools whose tasks run in other processes or threads, not where messages are read.
-_POOLS_ELSEWHERE = frozenset({"celery.concurrency.prefork", "celery.concurrency.thread"})
+_PREFORK = "celery.concurrency.prefork"
+_POOLS_ELSEWHERE = frozenset({_PREFORK, "celery.concurrency.thread"})
 
 
 def taker_of(callback: object) -> Taker:
@@ -67,7 +68,7 @@ def has_processes(pool: object) -> bool:
 
     Threads compete with it for the interpreter, and need more at hand.
     """
-    return type(pool).__module__ == "celery.concurrency.prefork"
+    return type(pool).__module__ == _PREFORK
 
 
 #: Seconds of the longest time limit, 30 years: a pool's timers count in C.

@@ -415,7 +415,7 @@ def test_a_closed_channel_leaves_its_auto_delete_queue(connect: Connect) -> None
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is asked of JetStream's API, for all connections, as long as the test appends."""
+    """What all connections ask of JetStream's API from now on."""
     operations: list[str] = []
     request_many = JetStream.request_many
 
@@ -437,14 +437,19 @@ def waiting(connect: Connect) -> Received:
     return received
 
 
+@pytest.fixture
+def sending(connect: Connect, waiting: Received, asked: list[str]) -> Connection:
+    """Another connection that declared the queue that is waited for, before `asked` begins."""
+    connection = connect()
+    declare(connection, AUTO_DELETE)
+    asked.clear()
+    return connection
+
+
 def test_declaring_a_queue_this_process_waits_for_asks_the_server_nothing(
-    connect: Connect, waiting: Received, asked: list[str]
+    sending: Connection, waiting: Received, asked: list[str]
 ) -> None:
     """As Celery does with the queue of its results, for each task it sends."""
-    sending = connect()
-    declare(sending, AUTO_DELETE)
-    asked.clear()
-
     name, messages, consumers = sending.default_channel.queue_declare(
         "kept", durable=True, auto_delete=True
     )
@@ -457,12 +462,10 @@ def test_declaring_a_queue_this_process_waits_for_asks_the_server_nothing(
 
 @pytest.mark.parametrize("deletes", ["queue", "consumer"])
 def test_declaring_makes_a_queue_again_that_was_deleted_under_its_consumer(
-    connect: Connect, waiting: Received, deletes: str
+    connect: Connect, sending: Connection, waiting: Received, deletes: str
 ) -> None:
-    sending, other = connect(), connect()
-    declare(sending, AUTO_DELETE)
     if deletes == "queue":
-        other.default_channel.queue_delete("kept")
+        connect().default_channel.queue_delete("kept")
     else:
         waiting.cancel()
 
@@ -489,12 +492,8 @@ def test_declaring_what_has_waiting_messages_counts_them(
 
 
 def test_declaring_with_other_arguments_is_not_what_this_process_waits_for(
-    connect: Connect, waiting: Received, asked: list[str]
+    sending: Connection, asked: list[str]
 ) -> None:
-    sending = connect()
-    declare(sending, AUTO_DELETE)
-    asked.clear()
-
     sending.default_channel.queue_declare(
         "kept", durable=True, auto_delete=True, arguments={"x-expires": 3600_000}
     )
