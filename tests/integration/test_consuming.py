@@ -391,7 +391,7 @@ def test_urgent_messages_overtake_a_backlog(connect: Connect, work: Queue, prefe
 
     last_high = len(received) - 1 - received.bodies[::-1].index("high")
     # What was under way, what runs until the next look, and the guard's share for the low ones.
-    assert last_high - sent_at < 500
+    assert last_high - sent_at < 300
     received.channel.close()
 
 
