@@ -17,7 +17,8 @@ A map, in the order to read it:
 `registry`              durable queues and bindings, shared by all;  `transient` the other queues
 `topology`              names and configurations (pure);  `routing` exchanges, patterns (pure)
 `envelope`              message to bytes and back (pure);  `message` what kombu gets;
-                        `tasks` what Celery takes for granted in one (pure)
+                        `tasks` what Celery takes for granted in one (pure);  `pools` what is
+                        read from its pool
 `arguments`             queue arguments (pure);  `delays` due times and TTLs (pure)
 `deadletter`            what a dead letter records (pure)
 `connection`            a synchronous NATS connection;  `endpoint` addresses, log-in, TCP and TLS;

@@ -27,10 +27,11 @@ from .errors import (
 )
 from .jetstream import parse_reply
 from .message import Message
+from .pools import has_processes, is_handing_over, pool_elsewhere, process_count
 from .protocol import Msg, parse_headers
 from .pulls import SLOTS, WAIT_SLOT, Cancel, Pull, Source
 from .settling import Settling
-from .tasks import Taker, check_event, check_fields, has_processes, pool_elsewhere, taker_of
+from .tasks import Taker, check_event, check_fields, taker_of
 from .topology import LEVELS, decode_token
 
 if TYPE_CHECKING:
@@ -222,6 +223,11 @@ class Consuming(Settling):
         """Whether all that is consumed goes to a pool of processes, which an event loop feeds."""
         return self._processes is not None and self._session.has_loop
 
+    @property
+    def is_handing_over(self) -> bool:
+        """Whether a process is being given a task; see `pools`."""
+        return self.has_processes and is_handing_over(self._processes)
+
     def has_room(self) -> bool:
         """Tell whether the prefetch limit lets another delivery in."""
         return self.qos.can_consume()
@@ -285,7 +291,7 @@ class Consuming(Settling):
             return False
         self.dirty = False
         pulls, now = self._pulls, time.monotonic()
-        pulls.at_work = self._processes.num_processes if self.has_processes else None
+        pulls.at_work = process_count(self._processes) if self.has_processes else None
         if pulls.is_content(now):
             if pulls.asks_at is not None:
                 session.ask_later(pulls.asks_at - now)
@@ -306,7 +312,7 @@ class Consuming(Settling):
     def _tell(self, command: Pull | Cancel) -> None:
         """Tell the server what `Pulls.plan` wants."""
         if isinstance(command, Cancel):
-            self._drop_inbox(WAIT_SLOT)
+            self._drop_inbox(command.slot)
             return
         inbox = self._inboxes[command.slot] or self._open_inbox(command.slot)
         reply = b"%b.%d" % (inbox[0], command.pull_id)

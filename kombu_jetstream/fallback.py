@@ -51,7 +51,7 @@ from .jetstream import API_TIMEOUT, NOT_ENABLED, NOT_ENABLED_FOR_ACCOUNT
 from .leases import ledger_of
 from .publishing import CLUSTER_NOT_AVAILABLE, Publisher, Unconfirmed
 from .redis_lists import BEATS_PER_LIVENESS, RETRY_INTERVAL, ListReader, RedisLists
-from .session import TICK, Session
+from .session import TICK, Session, in_loop
 from .topology import Names, decode_token
 
 if TYPE_CHECKING:
@@ -426,6 +426,7 @@ class _ReadsLists(Session):
         if new is not None:
             self._loop.add_reader(new, self._lists_readable, reader)
 
+    @in_loop
     def _lists_readable(self, reader: ListReader) -> None:
         with self.lock:
             reader.read()
@@ -547,6 +548,7 @@ class DualSession(_ReadsLists):
             self._unwatch_lists(self._loop)
         super().unregister()
 
+    @in_loop
     def tick(self, now: float | None = None) -> None:
         if self._closed:
             return
@@ -706,6 +708,7 @@ class RedisSession(_ReadsLists):
         if loop is not None:
             self._unwatch_lists(loop)
 
+    @in_loop
     def tick(self, now: float | None = None) -> None:
         if self._closed:
             return

@@ -18,8 +18,9 @@ many messages its consumer has left, so a source is known to have a backlog with
 
 *Exact accounting.*  The server hands a consumer's messages to its pulls in turn, and a delivery
 does not say which pull it answers.  So a source has at most one pull in each *slot*, each slot has
-a subscription of its own, and the subscription says it.  `WAIT_SLOT` is withdrawn as a whole by
-ending its subscription; the pulls of the other slots end by themselves within a round trip.
+a subscription of its own, and the subscription says it.  A slot is withdrawn as a whole by ending
+its subscription: `WAIT_SLOT` when there is no room, the others, whose pulls end by themselves
+within a round trip, only when the server leaves one unanswered.
 
 *Bound.*  Held deliveries exceed the limit only when several sources deliver at the same moment, by
 at most one for each source but one (an idle source waits with a batch of at least 1), or by
@@ -133,7 +134,9 @@ class Pull:
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Withdraw every waiting pull."""
+    """Withdraw every pull in *slot*."""
+
+    slot: int
 
 
 class Pulls:
@@ -165,6 +168,8 @@ class Pulls:
         self._waiting = 0
         #: waiting pulls ask for too much, or may be lost
         self._recall = False
+        #: other slots with a pull that may be lost
+        self._unanswered: set[int] = set()
         self._probed_at = float("-inf")
         #: the backlog got its turn after the last probes
         self._served = True
@@ -280,7 +285,7 @@ class Pulls:
 
         Because of the latter not for longer than `PATIENCE`, until `asks_at`.
         """
-        if self._recall:
+        if self._recall or self._unanswered:
             return False
         if self.held >= self.limit:
             return not self._waiting
@@ -299,10 +304,13 @@ class Pulls:
     def plan(self, now: float) -> list[Pull | Cancel]:
         """Return what to tell the server now."""
         self.asks_at = None
-        commands: list[Pull | Cancel] = []
+        commands: list[Pull | Cancel] = [
+            self._withdraw(slot, now) for slot in sorted(self._unanswered)
+        ]
+        self._unanswered.clear()
         if self.held >= self.limit or self._recall:
             self._recall = False
-            commands = self._cancel(now)
+            commands += self._cancel(now)
             if self.held >= self.limit:
                 return commands
         level = self._backlogged_level(now)
@@ -311,18 +319,21 @@ class Pulls:
         return commands + self._serve(level, now)
 
     def renew_silent(self, now: float) -> None:
-        """Give up pulls that missed two heartbeats, so that `plan` makes new ones."""
-        for pull in list(self._outstanding.values()):
+        """Have `plan` withdraw pulls that missed two heartbeats, and make new ones.
+
+        The server may have them still, and two would add up.
+        """
+        for pull in self._outstanding.values():
             if now - pull.seen > 2 * IDLE_HEARTBEAT:
                 if pull.slot == WAIT_SLOT:
-                    self._recall = True  # the server may have it still; two would add up
+                    self._recall = True
                 else:
-                    self._end(pull)
+                    self._unanswered.add(pull.slot)
 
-    def forget(self, now: float) -> None:
-        """Take every waiting pull for withdrawn."""
+    def forget(self, now: float, slot: int = WAIT_SLOT) -> None:
+        """Take every pull in *slot* for withdrawn."""
         for pull in list(self._outstanding.values()):
-            if pull.slot == WAIT_SLOT:
+            if pull.slot == slot:
                 source = pull.source
                 if source.pending <= source.asked:
                     self._found_empty(source, now)
@@ -485,8 +496,11 @@ class Pulls:
     def _cancel(self, now: float) -> list[Pull | Cancel]:
         if not self._waiting:
             return []
-        self.forget(now)
-        return [Cancel()]
+        return [self._withdraw(WAIT_SLOT, now)]
+
+    def _withdraw(self, slot: int, now: float) -> Cancel:
+        self.forget(now, slot)
+        return Cancel(slot)
 
 
 T = TypeVar("T")

@@ -16,9 +16,11 @@ import random
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from functools import wraps
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from . import extensions
 from .connection import ConnectionSettings, Credentials, NatsConnection, Server
@@ -47,7 +49,7 @@ if TYPE_CHECKING:
     from .deadletter import DeadLetter
     from .options import Options
 
-__all__ = ["Session", "connection_settings", "tell_nothing"]
+__all__ = ["Session", "connection_settings", "in_loop", "tell_nothing"]
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +78,29 @@ HELD_BYTES = 16 * 1024
 
 #: Seconds since the last read after which an idle connection is looked at before it is used.
 IDLE_LOOK = 1.0
+
+#: Seconds for which a loss may go untold while a process is being given a task, and between looks.
+HANDOVER_TIME = 0.5
+HANDOVER_LOOK = 0.005
+
+Work = TypeVar("Work", bound="Callable[..., None]")
+
+
+def in_loop(work: Work) -> Work:
+    """Make a method of a session one that an event loop calls.
+
+    It raises the loss of the connection when Celery forgets nothing by it, see `pools`.
+    """
+
+    @wraps(work)
+    def called(self: Session, *args: Any) -> None:
+        try:
+            work(self, *args)
+        except ConnectionLost as exc:
+            if not self.postpones(exc):
+                raise
+
+    return cast("Work", called)
 
 
 def connection_settings(
@@ -115,6 +140,9 @@ class Session:
     _asks_later = False
     #: something was asked of the server, since this was last set to False
     has_asked = False
+    #: a loss of which the event loop is not told yet, and until when that may be
+    _loss: ConnectionLost | None = None
+    _loss_waits_until = 0.0
 
     def __init__(
         self, client: kombu.Connection, options: Options, settings: ConnectionSettings
@@ -306,7 +334,8 @@ class Session:
         loop, self._loop = self._loop, None
         if loop is None:
             return
-        self._end_collecting()
+        with suppress(ConnectionLost):
+            self._end_collecting()
         loop.on_tick.discard(self._end_collecting)
         self._timer.cancel()
         try:
@@ -314,6 +343,26 @@ class Session:
         except (ConnectionLost, KeyError, ValueError, OSError, AttributeError):
             return  # closed before, or the hub was reset
 
+    def postpones(self, loss: ConnectionLost) -> bool:
+        """Tell whether the event loop hears of *loss* later: a process is being given a task."""
+        if self._loop is None:
+            return False
+        if self._loss is None and any(channel.is_handing_over for channel in self.channels):
+            self._loss, self._loss_waits_until = loss, time.monotonic() + HANDOVER_TIME
+            self._loop.call_later(HANDOVER_LOOK, self._tell_loss)
+        return self._loss is not None
+
+    def _tell_loss(self) -> None:
+        loss, loop = self._loss, self._loop
+        if loss is None or loop is None:
+            return
+        is_late = time.monotonic() >= self._loss_waits_until
+        if is_late or not any(channel.is_handing_over for channel in self.channels):
+            self._loss = None
+            raise loss
+        loop.call_later(HANDOVER_LOOK, self._tell_loss)
+
+    @in_loop
     def on_readable(self) -> None:
         """Read what is there and hand it all on."""
         self._dispatching = True  # right away: the loop's next tick has nothing to do for it
@@ -323,6 +372,7 @@ class Session:
             self._dispatching = False
         self._dispatch_all()
 
+    @in_loop
     def _dispatch_all(self) -> None:
         self._scheduled = False
         self._dispatching = True
@@ -414,6 +464,7 @@ class Session:
         if self.nats.uncork(keep=HELD_BYTES):
             self.ledger.send_soon(self.jetstream)
 
+    @in_loop
     def _end_collecting(self) -> None:
         if not self.is_collecting:
             return
@@ -427,6 +478,7 @@ class Session:
             # While tasks end one after the other, some ticks' acknowledgements leave together.
             self.end_write(hold=is_busy and not self.has_asked)
 
+    @in_loop
     def tick(self, now: float | None = None) -> None:
         """Do what no message triggers: renew silent pulls, retry, watch the server."""
         if self._closed:
@@ -448,6 +500,7 @@ class Session:
             self._next_sweep = now + SWEEP_INTERVAL
             self.registry.sweep()
 
+    @in_loop
     def _after_read(self) -> None:
         if self.nats.is_open:
             denied = self.nats.denial(self.jetstream.pull_prefix)

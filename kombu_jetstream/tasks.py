@@ -22,8 +22,6 @@ __all__ = [
     "check_body",
     "check_event",
     "check_fields",
-    "has_processes",
-    "pool_elsewhere",
     "taker_of",
 ]
 
@@ -36,11 +34,6 @@ _TAKERS: dict[str, Taker] = {
 }
 
 
-#: Pools whose tasks run in other processes or threads, not where messages are read.
-_PREFORK = "celery.concurrency.prefork"
-_POOLS_ELSEWHERE = frozenset({_PREFORK, "celery.concurrency.thread"})
-
-
 def taker_of(callback: object) -> Taker:
     """Return what *callback*, as given to ``basic_consume``, hands its messages to.
 
@@ -50,25 +43,6 @@ def taker_of(callback: object) -> Taker:
     handler = getattr(getattr(callback, "__self__", None), "on_message", None)
     handler = getattr(handler, "func", handler)  # gossip's is a partial
     return _TAKERS.get(getattr(handler, "__module__", None) or "")
-
-
-def pool_elsewhere(callback: object) -> Any:
-    """Return the pool to which *callback* hands tasks, if it runs none in the event loop's thread.
-
-    The kombu ``Consumer`` of Celery's tasks has its worker's ``on_decode_error``.
-    """
-    worker = getattr(getattr(callback, "__self__", None), "on_decode_error", None)
-    pool = getattr(getattr(worker, "__self__", None), "pool", None)
-    is_it = taker_of(callback) == "tasks" and type(pool).__module__ in _POOLS_ELSEWHERE
-    return pool if is_it else None
-
-
-def has_processes(pool: object) -> bool:
-    """Tell whether a pool runs tasks beside the process that reads.
-
-    Threads compete with it for the interpreter, and need more at hand.
-    """
-    return type(pool).__module__ == _PREFORK
 
 
 #: Seconds of the longest time limit, 30 years: a pool's timers count in C.

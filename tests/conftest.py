@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         ring = item.path.relative_to(Path(__file__).parent).parts[0]
         if ring in ("integration", "acceptance"):
-            item.add_marker(pytest.mark.flaky(reruns=2, reruns_delay=1))
+            item.add_marker(pytest.mark.flaky(reruns=0, reruns_delay=1))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

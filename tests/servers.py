@@ -380,7 +380,9 @@ class Ledger:
         entries = [
             LedgerEntry(task_id, name, event, int(pid), float(at))
             for task_id, name, event, pid, at in (
-                line.split("\t") for line in self.path.read_text().splitlines()
+                line.split("\t")
+                for line in self.path.read_text().splitlines(keepends=True)
+                if line.endswith("\n")
             )
         ]
         return [e for e in entries if task_name is None or e.task_name == task_name]

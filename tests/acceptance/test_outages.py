@@ -155,6 +155,28 @@ def test_reserved_tasks_come_back_at_once_after_a_loss(
     site.assert_each_ran_once([*running, *reserved])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_short_late_ack_tasks_run_once_although_the_connection_is_cut_again_and_again(
+    server: NatsServer, make_site: Callable[..., Site], pool: str
+) -> None:
+    """At any moment a task is on its way to a process, which Celery forgets with a connection."""
+    with TcpProxy(server.port) as proxy:
+        # What was on the wire when it was cut comes back when its lease ends.
+        options = {"visibility_timeout": 2}
+        site = make_site(proxy.broker_url, "short", broker_transport_options=options)
+        with site.worker(pool=pool, concurrency=4):
+            task_ids = site.send("nap_late", 800, 0.01)
+            ended = 0
+            for _ in range(8):
+                ended += 60
+                eventually(lambda: len(site.ledger.ends()) > ended, within=20)  # noqa: B023
+                proxy.cut()
+
+            site.wait_ended(task_ids, within=20)
+            site.assert_each_ran_once(task_ids)
+
+
 @pytest.mark.pools
 @pytest.mark.parametrize("pool", POOLS)
 def test_a_task_the_worker_holds_for_its_eta_runs_once_after_a_loss(

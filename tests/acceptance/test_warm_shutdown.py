@@ -60,6 +60,7 @@ def test_warm_shutdown_of_one_of_two_workers_loses_and_repeats_nothing(
     ended_before = set(site.ledger.ends())
     stopped_at = time.monotonic()
     assert leaves.warm_shutdown(within=15) == 0
+    assert "Traceback" not in leaves.log, leaves.tail()
 
     site.wait_ended(task_ids, within=VISIBILITY_TIMEOUT / 2)
     assert time.monotonic() - stopped_at < VISIBILITY_TIMEOUT - 5

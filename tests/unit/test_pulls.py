@@ -75,7 +75,8 @@ class Server:
     def __init__(self) -> None:
         self.queues: dict[Source, Queue] = {}
         self.events: deque[Delivered | Status] = deque()
-        self.generation = 0
+        #: how often each slot was withdrawn
+        self.generations = Counter[int]()
         self.now = 0.0
         self.leader = True
 
@@ -84,10 +85,10 @@ class Server:
 
     def take(self, command: Pull | Cancel) -> None:
         if isinstance(command, Cancel):
-            self.generation += 1
+            self.generations[command.slot] += 1
             for queue in self.queues.values():
                 queue.requests = deque(
-                    r for r in queue.requests if r.pull_id is None or r.slot != WAIT_SLOT
+                    r for r in queue.requests if r.pull_id is None or r.slot != command.slot
                 )
             return
         queue = self[command.source]
@@ -107,7 +108,7 @@ class Server:
                 command.batch,
                 waits,
                 command.slot,
-                self.generation,
+                self.generations[command.slot],
                 self.now + PULL_EXPIRES if waits else float("inf"),
                 self.now + IDLE_HEARTBEAT if waits else float("inf"),
             )
@@ -175,7 +176,7 @@ class Worker:
         self.commands: deque[Pull | Cancel] = deque()
         #: sources in the order in which their deliveries were handed on
         self.handed: list[Source] = []
-        self.generation = 0
+        self.generations = Counter[int]()
         #: deliveries that crossed a withdrawal, and so were not counted as asked for
         self.crossed = 0
         self.asked_for = Counter[str]()
@@ -195,8 +196,8 @@ class Worker:
     def remove(self, source: Source) -> None:
         """Stop consuming, as `Channel._stop_pulling` does it."""
         self.pulls.remove(source)
-        self.commands.append(Cancel())
-        self.generation += 1
+        self.commands.append(Cancel(WAIT_SLOT))
+        self.generations[WAIT_SLOT] += 1
         self.pulls.forget(self.now)
         back = self.ready.take(lambda item: item is source)
         self.pulls.settled(len(back))
@@ -206,7 +207,7 @@ class Worker:
         commands = self.pulls.plan(self.now)
         for command in commands:
             if isinstance(command, Cancel):
-                self.generation += 1
+                self.generations[command.slot] += 1
                 self.asked_for["cancel"] += 1
             else:
                 self.asked_for["wait" if command.wait else "take"] += 1
@@ -230,7 +231,7 @@ class Worker:
             elif event.source not in self.pulls.sources:
                 self.server[event.source].pending += 1  # handed back
             else:
-                crossed = event.slot == WAIT_SLOT and event.generation != self.generation
+                crossed = event.generation != self.generations[event.slot]
                 self.crossed += crossed
                 slot = None if crossed else event.slot
                 self.pulls.received(event.source, event.pending, slot, self.now)
@@ -713,6 +714,20 @@ def test_a_failing_source_does_not_hold_up_the_others():
     w.exchange()
 
     assert sound in list(w.ready)
+
+
+def test_a_pull_that_is_not_answered_is_withdrawn_before_it_is_made_anew():
+    """A server that was frozen answers both, and the worker would hold twice its limit."""
+    w, (a, _) = worker(8, HIGH, HIGH)
+    w.server.publish(a, 30)
+    w.read()
+    w.advance(2.5 * IDLE_HEARTBEAT)
+
+    w.exchange()
+
+    assert w.asked_for["cancel"] >= 2
+    assert w.pulls.held - w.crossed <= 8 + 1
+    w.check_sums()
 
 
 def test_silent_pulls_are_withdrawn_and_made_anew():
