@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -36,7 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         ring = item.path.relative_to(Path(__file__).parent).parts[0]
         if ring in ("integration", "acceptance"):
-            item.add_marker(pytest.mark.flaky(reruns=0, reruns_delay=1))
+            item.add_marker(pytest.mark.flaky(reruns=2, reruns_delay=1))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -71,9 +72,10 @@ def shared_nats_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nat
 
 @pytest.fixture
 def namespace(request: pytest.FixtureRequest) -> str:
-    """A name no other test of the module has, for streams on a shared server."""
+    """A name no other test has, for streams on a shared server; nor has this one when it is run
+    again."""
     words = "".join(c if c.isalnum() else "_" for c in request.node.name)
-    return f"t{abs(hash(request.node.nodeid)) % 10**8}_{words[:40]}"
+    return f"t{uuid.uuid4().hex[:12]}_{words[:40]}"
 
 
 @pytest.fixture
