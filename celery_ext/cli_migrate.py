@@ -47,7 +47,7 @@ def show_status(ctx: click.Context, queue_names: list[str] | None, as_json: bool
         with open_migration(ctx.obj.app) as migration:
             found = migration.status(queue_names)
     except ConnectionLost as exc:
-        found, away = status_without_jetstream(ctx.obj.app), exc
+        found, away = status_without_jetstream(ctx.obj.app, queue_names), exc
     if as_json:
         print_json(ctx, found.as_json())
     else:

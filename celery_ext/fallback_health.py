@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from kombu_jetstream.errors import FallbackLost
 from kombu_jetstream.options import Options
 
-__all__ = ["FallbackState", "Remark", "examine", "look"]
+if TYPE_CHECKING:
+    from kombu_jetstream.redis_lists import RedisLists
+
+__all__ = ["FallbackState", "Remark", "examine", "look", "open_lists"]
 
 #: Oldest Redis that works.
 OLDEST_REDIS = (6, 2)
@@ -49,7 +52,7 @@ def look(app: Any, options: Options) -> FallbackState | None:
     """
     if options.fallback_url is None:
         return None
-    with _lists(options) as lists:
+    with open_lists(options) as lists:
         try:
             queues = sorted({*app.amqp.queues, *lists.bound_queues()})
             sizes = {queue: lists.size(queue) for queue in queues}
@@ -63,7 +66,8 @@ def look(app: Any, options: Options) -> FallbackState | None:
 
 
 @contextmanager
-def _lists(options: Options) -> Iterator[Any]:
+def open_lists(options: Options) -> Iterator[RedisLists]:
+    """Connect to the fallback Redis alone.  Its calls raise `FallbackLost` when it is away."""
     from kombu_jetstream.redis_lists import RedisLists
 
     lists = RedisLists(options)
@@ -81,7 +85,7 @@ def examine(options: Options) -> list[Remark]:
     if options.fallback_url is None:
         return []
     try:
-        with _lists(options) as lists:
+        with open_lists(options) as lists:
             found = lists.describe()
     except ModuleNotFoundError as exc:
         return [

@@ -21,12 +21,13 @@ from kombu_jetstream.migration import (
     DrainReport,
     InDoubt,
     compare,
+    drain_key,
     reset_mirror,
 )
 from kombu_jetstream.redis_lists import RedisLists
 
 from .broker import options_of
-from .fallback_health import look
+from .fallback_health import open_lists
 
 __all__ = ["Migration", "Status", "WaitingQueue", "open_migration", "status_without_jetstream"]
 
@@ -82,22 +83,29 @@ def open_migration(app: Any) -> Iterator[Migration]:
         yield Migration(app, session)
 
 
-def status_without_jetstream(app: Any) -> Status:
-    """Return what is in Redis while JetStream is away.  Raises `ConnectionLost` without Redis."""
+def status_without_jetstream(app: Any, queues: Iterable[str] | None = None) -> Status:
+    """Return what is in Redis while JetStream is away: of *queues*, or of all that hold something.
+
+    Raises `FallbackLost` without Redis.
+    """
     options = options_of(app)
-    found = look(app, options)
-    if found is None:
+    if options.fallback_url is None:
         raise OptionsError("expected 'fallback_url' to be given", "fallback_url")
-    if found.problem is not None:
-        raise ConnectionLost(found.problem)
-    return Status(
-        phase=options.migration_phase,
-        queues=[WaitingQueue(queue, size, None, None) for queue, size in found.waiting.items()],
-        held=found.held,
-        unacked=0,
-        draining=0,
-        mirrored=None,
-    )
+    with open_lists(options) as lists:
+        names = queues or sorted({*app.amqp.queues, *lists.bound_queues()})
+        sizes = {queue: lists.size(queue) for queue in names}
+        return Status(
+            phase=options.migration_phase,
+            queues=[
+                WaitingQueue(queue, size, None, None)
+                for queue, size in sizes.items()
+                if size or queues
+            ],
+            held=lists.held_by_all(),
+            unacked=lists.count(lists.key("unacked")),
+            draining=lists.count(drain_key(lists)),
+            mirrored=None,
+        )
 
 
 class Migration:

@@ -270,13 +270,18 @@ class Busy(JetStreamTransportError):
         super().__init__(f"another drain runs ({owner}); wait for it, or half a minute", owner)
 
 
+def drain_key(lists: RedisLists) -> str:
+    """Return the key of what a drain took and JetStream has not confirmed."""
+    return f"{lists.prefix}_kombu_jetstream.drain"
+
+
 class Drain:
     """Moves what waits in Redis lists into JetStream."""
 
     def __init__(self, session: DualSession, lists: RedisLists) -> None:
         self._session = session
         self._lists = lists
-        self.way = f"{lists.prefix}_kombu_jetstream.drain"
+        self.way = drain_key(lists)
         self._tried = f"{lists.prefix}_kombu_jetstream.drain_tried"
         self._lock = f"{lists.prefix}_kombu_jetstream.drain_lock"
         self._myself = f"{lists.worker}:{uuid()[:8]}"

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import celery
 import click
 import pytest
+import redis
 from celery.bin.base import CLIContext
 from click.testing import CliRunner, Result
 
@@ -640,7 +641,10 @@ def test_without_jetstream_the_fallback_is_shown(
         status = invoke("status", "--interval", "0")
         as_json = invoke("status", "--json", "--interval", "0")
         doctor = invoke("doctor", "--json")
+        with redis.Redis.from_url(redis_server.url) as client:
+            client.hset("unacked", "tag", "what a plain worker took")
         migrate = invoke("migrate", "status")
+        of_one = invoke("migrate", "status", "-Q", "other", "--json")
 
     assert (status.exit_code, as_json.exit_code) == (EX_UNAVAILABLE, EX_UNAVAILABLE)
     assert "fallback: Redis has taken over, messages wait there: 3 of celery" in status.stdout
@@ -652,6 +656,8 @@ def test_without_jetstream_the_fallback_is_shown(
     assert "in Redis 3 messages wait, workers hold 0" in [f["message"] for f in findings]
     assert migrate.exit_code == EX_UNAVAILABLE
     assert re.search(r"celery +3 +\? +\?", migrate.stdout)
+    assert "1 message taken by plain redis:// workers and not acknowledged" in migrate.stdout
+    assert [each["queue"] for each in json.loads(of_one.stdout)["queues"]] == ["other"]
 
 
 def test_a_server_that_does_not_answer_is_given_the_time_asked_for(proxy_to: Any) -> None:
