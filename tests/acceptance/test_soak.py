@@ -15,7 +15,7 @@ from kombu.exceptions import OperationalError
 from kombu_jetstream.server import NatsServer
 from tests.acceptance.sites import Site, start_all
 from tests.proxy import TcpProxy
-from tests.servers import CeleryWorker, run_nats_server
+from tests.servers import CeleryWorker, RedisServer, run_nats_server
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(0), pytest.mark.nats29]
 
@@ -102,20 +102,11 @@ class Faults:
         worker.start()
 
 
-def test_every_confirmed_task_runs_whatever_fails(
-    server: NatsServer, proxy_to: Callable[[int], TcpProxy], make_site: Callable[..., Site]
-) -> None:
-    proxy = proxy_to(server.port)
-    site = make_site(
-        proxy.broker_url,
-        "soak",
-        broker_transport_options={"visibility_timeout": VISIBILITY_TIMEOUT, "publish_timeout": 3},
-    )
-    workers = [site.worker(pool, pool=pool) for pool in ("prefork", "threads", "gevent")]
-    start_all(workers)
+def suffer(site: Site, faults: Faults) -> tuple[Publisher, list[str]]:
+    """Publish while one fault follows the other; return who published, and what happened."""
+    start_all(faults.workers)
     publisher = Publisher(site)
     publisher.start()
-    faults = Faults(server, proxy, workers)
     happened = []
     try:
         end = time.monotonic() + SECONDS
@@ -127,8 +118,11 @@ def test_every_confirmed_task_runs_whatever_fails(
     finally:
         publisher.over.set()
         publisher.join(30)
-
     assert len(publisher.confirmed) > SECONDS
+    return publisher, happened
+
+
+def assert_all_ran(site: Site, publisher: Publisher, happened: list[str]) -> None:
     site.wait_ended(publisher.confirmed, within=10 * VISIBILITY_TIMEOUT)
     repeated = [n for n in site.ledger.ends().values() if n > 1]
     print(
@@ -137,3 +131,45 @@ def test_every_confirmed_task_runs_whatever_fails(
     )
     # A worker or a server that is killed forgets acknowledgements of its last moments, no more.
     assert len(repeated) < len(publisher.confirmed) / 20
+
+
+def test_every_confirmed_task_runs_whatever_fails(
+    server: NatsServer, proxy_to: Callable[[int], TcpProxy], make_site: Callable[..., Site]
+) -> None:
+    proxy = proxy_to(server.port)
+    site = make_site(
+        proxy.broker_url,
+        "soak",
+        broker_transport_options={"visibility_timeout": VISIBILITY_TIMEOUT, "publish_timeout": 3},
+    )
+    workers = [site.worker(pool, pool=pool) for pool in ("prefork", "threads", "gevent")]
+
+    publisher, happened = suffer(site, Faults(server, proxy, workers))
+
+    assert_all_ran(site, publisher, happened)
+
+
+@pytest.mark.redis
+def test_with_a_fallback_every_task_is_taken_and_runs_whatever_fails(
+    server: NatsServer,
+    redis_server: RedisServer,
+    proxy_to: Callable[[int], TcpProxy],
+    make_site: Callable[..., Site],
+) -> None:
+    proxy = proxy_to(server.port)
+    site = make_site(
+        proxy.broker_url,
+        "soak",
+        broker_transport_options={
+            "visibility_timeout": VISIBILITY_TIMEOUT,
+            "fallback_url": redis_server.url,
+            "fallback_after": 0.5,  # some faults last longer, some do not
+            "fallback_liveness_timeout": VISIBILITY_TIMEOUT,
+        },
+    )
+    workers = [site.worker(pool, pool=pool) for pool in ("prefork", "threads", "gevent")]
+
+    publisher, happened = suffer(site, Faults(server, proxy, workers))
+
+    assert publisher.failures == 0
+    assert_all_ran(site, publisher, happened)
