@@ -61,12 +61,12 @@ class Appointments:
                 producer.channel.flush()
 
     def lateness(self) -> list[float]:
-        """Seconds between due and start of each execution, sorted."""
+        """Seconds between due and start of each execution of these tasks, sorted."""
         to_epoch = time.time() - time.monotonic()
         return sorted(
             entry.at + to_epoch - self.due[entry.task_id]
             for entry in self.site.ledger.entries("noop")
-            if entry.event == "start"
+            if entry.event == "start" and entry.task_id in self.due
         )
 
     def wait(self, grace: float) -> list[float]:
