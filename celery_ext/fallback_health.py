@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,7 +13,7 @@ from kombu_jetstream.options import Options
 if TYPE_CHECKING:
     from kombu_jetstream.redis_lists import RedisLists
 
-__all__ = ["FallbackState", "Remark", "examine", "look", "open_lists"]
+__all__ = ["FallbackState", "Remark", "examine", "look", "open_lists", "sizes_of"]
 
 #: Oldest Redis that works.
 OLDEST_REDIS = (6, 2)
@@ -54,8 +54,7 @@ def look(app: Any, options: Options) -> FallbackState | None:
         return None
     with open_lists(options) as lists:
         try:
-            queues = sorted({*app.amqp.queues, *lists.bound_queues()})
-            sizes = {queue: lists.size(queue) for queue in queues}
+            sizes = sizes_of(app, lists)
             return FallbackState(
                 waiting={queue: size for queue, size in sizes.items() if size},
                 held=lists.held_by_all(),
@@ -63,6 +62,12 @@ def look(app: Any, options: Options) -> FallbackState | None:
             )
         except FallbackLost as exc:
             return FallbackState(problem=exc.reason)
+
+
+def sizes_of(app: Any, lists: RedisLists, queues: Iterable[str] | None = None) -> dict[str, int]:
+    """Return how many messages wait in each of *queues*, or of all the app and Redis know."""
+    names = queues or sorted({*app.amqp.queues, *lists.bound_queues()})
+    return {queue: lists.size(queue) for queue in names}
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from kombu_jetstream.migration import (
 from kombu_jetstream.redis_lists import RedisLists
 
 from .broker import options_of
-from .fallback_health import open_lists
+from .fallback_health import open_lists, sizes_of
 
 __all__ = ["Migration", "Status", "WaitingQueue", "open_migration", "status_without_jetstream"]
 
@@ -92,13 +92,11 @@ def status_without_jetstream(app: Any, queues: Iterable[str] | None = None) -> S
     if options.fallback_url is None:
         raise OptionsError("expected 'fallback_url' to be given", "fallback_url")
     with open_lists(options) as lists:
-        names = queues or sorted({*app.amqp.queues, *lists.bound_queues()})
-        sizes = {queue: lists.size(queue) for queue in names}
         return Status(
             phase=options.migration_phase,
             queues=[
                 WaitingQueue(queue, size, None, None)
-                for queue, size in sizes.items()
+                for queue, size in sizes_of(app, lists, queues).items()
                 if size or queues
             ],
             held=lists.held_by_all(),

@@ -166,10 +166,8 @@ class Pulls:
         self._outstanding: dict[int, _Outstanding] = {}
         #: how many of these wait
         self._waiting = 0
-        #: waiting pulls ask for too much, or may be lost
-        self._recall = False
-        #: other slots with a pull that may be lost
-        self._unanswered: set[int] = set()
+        #: slots whose pulls ask for too much, or may be lost
+        self._recalled: set[int] = set()
         self._probed_at = float("-inf")
         #: the backlog got its turn after the last probes
         self._served = True
@@ -185,7 +183,7 @@ class Pulls:
         before, self.limit = self.limit, limit if limit > 0 else UNLIMITED
         self._enough = max(1, min(self.limit, MAX_BATCH) // 2)
         if self.limit < before:
-            self._recall = True
+            self._recalled.add(WAIT_SLOT)
 
     def add(self, source: Source) -> None:
         self.sources.append(source)
@@ -234,7 +232,7 @@ class Pulls:
         """
         self.held += count
         if self.held + self._asked > self.limit:
-            self._recall = True
+            self._recalled.add(WAIT_SLOT)
 
     def under_way(self, now: float) -> int:
         """Return how many messages may arrive at any moment.
@@ -285,7 +283,7 @@ class Pulls:
 
         Because of the latter not for longer than `PATIENCE`, until `asks_at`.
         """
-        if self._recall or self._unanswered:
+        if self._recalled:
             return False
         if self.held >= self.limit:
             return not self._waiting
@@ -304,15 +302,14 @@ class Pulls:
     def plan(self, now: float) -> list[Pull | Cancel]:
         """Return what to tell the server now."""
         self.asks_at = None
-        commands: list[Pull | Cancel] = [
-            self._withdraw(slot, now) for slot in sorted(self._unanswered)
-        ]
-        self._unanswered.clear()
-        if self.held >= self.limit or self._recall:
-            self._recall = False
-            commands += self._cancel(now)
-            if self.held >= self.limit:
-                return commands
+        if self.held >= self.limit:
+            self._recalled.add(WAIT_SLOT)
+        commands: list[Pull | Cancel] = []
+        for slot in sorted(self._recalled):
+            commands += self._cancel(now, slot)
+        self._recalled.clear()
+        if self.held >= self.limit:
+            return commands
         level = self._backlogged_level(now)
         if level is None:
             return commands + self._wait_everywhere(now)
@@ -325,10 +322,7 @@ class Pulls:
         """
         for pull in self._outstanding.values():
             if now - pull.seen > 2 * IDLE_HEARTBEAT:
-                if pull.slot == WAIT_SLOT:
-                    self._recall = True
-                else:
-                    self._unanswered.add(pull.slot)
+                self._recalled.add(pull.slot)
 
     def forget(self, now: float, slot: int = WAIT_SLOT) -> None:
         """Take every pull in *slot* for withdrawn."""
@@ -493,14 +487,11 @@ class Pulls:
         if not source.asked:
             self._unasked[source] = None
 
-    def _cancel(self, now: float) -> list[Pull | Cancel]:
-        if not self._waiting:
+    def _cancel(self, now: float, slot: int = WAIT_SLOT) -> list[Pull | Cancel]:
+        if slot == WAIT_SLOT and not self._waiting:
             return []
-        return [self._withdraw(WAIT_SLOT, now)]
-
-    def _withdraw(self, slot: int, now: float) -> Cancel:
         self.forget(now, slot)
-        return Cancel(slot)
+        return [Cancel(slot)]
 
 
 T = TypeVar("T")

@@ -347,17 +347,19 @@ class Session:
         """Tell whether the event loop hears of *loss* later: a process is being given a task."""
         if self._loop is None:
             return False
-        if self._loss is None and any(channel.is_handing_over for channel in self.channels):
+        if self._loss is None and self._is_handing_over():
             self._loss, self._loss_waits_until = loss, time.monotonic() + HANDOVER_TIME
             self._loop.call_later(HANDOVER_LOOK, self._tell_loss)
         return self._loss is not None
+
+    def _is_handing_over(self) -> bool:
+        return any(channel.is_handing_over for channel in self.channels)
 
     def _tell_loss(self) -> None:
         loss, loop = self._loss, self._loop
         if loss is None or loop is None:
             return
-        is_late = time.monotonic() >= self._loss_waits_until
-        if is_late or not any(channel.is_handing_over for channel in self.channels):
+        if time.monotonic() >= self._loss_waits_until or not self._is_handing_over():
             self._loss = None
             raise loss
         loop.call_later(HANDOVER_LOOK, self._tell_loss)
